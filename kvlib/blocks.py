@@ -1,0 +1,521 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one data type: a run of tokens of one sequence over some layers.
+
+`LayerKV` holds one layer in one of two forms:
+
+- **dense** (`row_lengths is None`): every KV head holds the same number of entries, keys [Hkv, T,
+D];
+- **packed**: heads differ in length; the rows of head 0, then of head 1, ... lie in one [N, D]
+tensor.
+
+Entry means one kept token (or a synthetic one). A layer that nothing was evicted from is dense with
+a `range` of
+positions: it holds nothing besides keys and values and may be a view of an engine's tensor.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from kvlib.errors import ShapeError
+from kvlib.spec import KVSpec, LayerKind
+
+__all__ = ["SYNTHETIC", "KVBlock", "LayerKV", "Row"]
+
+SYNTHETIC = -1
+"""Position of an entry that stands for no single token (a compensation token)."""
+
+
+class Row(NamedTuple):
+    """The entries of one KV head."""
+
+    keys: Tensor
+    """[n, C], C channels kept."""
+    values: Tensor
+    """[n, Dv]."""
+    positions: Tensor
+    """int32 [n]."""
+    log_weight: Tensor | None
+    """float32 [n] or None."""
+
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _storage_equal(a: Tensor, b: Tensor) -> bool:
+    """Same shape, dtype and bits (NaN payloads and the sign of zero included)."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    bits = _BITS[a.element_size()]  # of the same size: a view whatever the strides
+    return torch.equal(a.view(bits), b.view(bits))
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class LayerKV:
+    """The keys and values of one layer, one row of entries per KV head.
+
+    Attributes:
+        layer_idx: index in the model.
+        keys: [Hkv, T, C] dense or [N, C] packed; C is k_head_dim, or the number of kept channels.
+        values: [Hkv, T, Dv] or [N, Dv], same dtype and device as `keys`.
+        positions: absolute position of every entry. A `range` of length T when all heads hold the
+            same consecutive tokens; otherwise an int32 tensor of `keys.shape[:-1]`, ascending
+            within a row, synthetic entries (`SYNTHETIC`) last.
+        row_lengths: entries of each head when packed, None when dense.
+        log_weight: float32 of `keys.shape[:-1]`, added to an entry's attention logit; None means 0.
+        channels: int64 [Hkv, C], ascending: which key channels were kept; None means all.
+    """
+
+    layer_idx: int
+    keys: Tensor
+    values: Tensor
+    positions: range | Tensor
+    row_lengths: tuple[int, ...] | None = None
+    log_weight: Tensor | None = None
+    channels: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Check shapes and dtypes.
+
+        Contents are checked by `validate`, which may wait for a device.
+        """
+        rank = 3 if self.row_lengths is None else 2
+        lead = self.keys.shape[:-1]
+        if self.keys.dim() != rank or self.values.dim() != rank or self.values.shape[:-1] != lead:
+            form = "[Hkv, T, D]" if rank == 3 else "[N, D] with row_lengths"
+            raise ShapeError(
+                f"layer {self.layer_idx}: keys {tuple(self.keys.shape)} and values "
+                f"{tuple(self.values.shape)} "
+                f"do not agree; expected {form} with equal leading sizes"
+            )
+        if self.keys.dtype != self.values.dtype or self.keys.device != self.values.device:
+            raise ShapeError(
+                f"layer {self.layer_idx}: keys are {self.keys.dtype} on {self.keys.device}, "
+                f"values {self.values.dtype} on {self.values.device}; expected the same"
+            )
+        if self.row_lengths is not None and (
+            sum(self.row_lengths) != lead[0] or any(n < 0 for n in self.row_lengths)
+        ):
+            raise ShapeError(
+                f"layer {self.layer_idx}: row_lengths {self.row_lengths} do not sum to {lead[0]} "
+                "entries"
+            )
+        if isinstance(self.positions, range):
+            if (
+                rank != 3
+                or self.positions.step != 1
+                or len(self.positions) != lead[1]
+                or self.positions.start < 0
+            ):
+                raise ShapeError(
+                    f"layer {self.layer_idx}: positions {self.positions} do not fit; a range needs "
+                    "dense rows, "
+                    f"step 1 and as many positions as entries ({lead[-1]})"
+                )
+        else:
+            self._check_entry_tensor("positions", self.positions, torch.int32)
+        if self.log_weight is not None:
+            self._check_entry_tensor("log_weight", self.log_weight, torch.float32)
+        if self.channels is not None:
+            want = (self.num_kv_heads, self.keys.shape[-1])
+            if tuple(self.channels.shape) != want or self.channels.dtype != torch.int64:
+                raise ShapeError(
+                    f"layer {self.layer_idx}: channels are {self.channels.dtype} "
+                    f"{tuple(self.channels.shape)}; "
+                    f"expected int64 {want}"
+                )
+
+    def _check_entry_tensor(self, name: str, x: Tensor, dtype: torch.dtype) -> None:
+        if x.shape != self.keys.shape[:-1] or x.dtype != dtype or x.device != self.keys.device:
+            raise ShapeError(
+                f"layer {self.layer_idx}: {name} is {x.dtype} {tuple(x.shape)} on {x.device}; "
+                f"expected {dtype} {tuple(self.keys.shape[:-1])} on {self.keys.device}"
+            )
+
+    @classmethod
+    def from_rows(
+        cls, layer_idx: int, rows: Sequence[Row], *, channels: Tensor | None = None
+    ) -> Self:
+        """A layer from one `Row` per KV head.
+
+        Dense when they are equally long, packed otherwise.
+        """
+        lengths = tuple(row.keys.shape[0] for row in rows)
+        dense = len(set(lengths)) == 1
+        weighted = any(row.log_weight is not None for row in rows)
+
+        def together(parts: Sequence[Tensor]) -> Tensor:
+            return torch.stack(list(parts)) if dense else torch.cat(list(parts))
+
+        weights = [
+            row.log_weight
+            if row.log_weight is not None
+            else torch.zeros(n, dtype=torch.float32, device=row.keys.device)
+            for row, n in zip(rows, lengths, strict=True)
+        ]
+        return cls(
+            layer_idx=layer_idx,
+            keys=together([row.keys for row in rows]),
+            values=together([row.values for row in rows]),
+            positions=together([row.positions for row in rows]),
+            row_lengths=None if dense else lengths,
+            log_weight=together(weights) if weighted else None,
+            channels=channels,
+        )
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether all heads hold the same number of entries in a [Hkv, T, D] tensor."""
+        return self.row_lengths is None
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Hkv."""
+        return self.keys.shape[0] if self.row_lengths is None else len(self.row_lengths)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Entries of each head."""
+        return (
+            (self.keys.shape[1],) * self.keys.shape[0]
+            if self.row_lengths is None
+            else self.row_lengths
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors held, metadata included."""
+        tensors = [self.keys, self.values, self.log_weight, self.channels]
+        if isinstance(self.positions, Tensor):
+            tensors.append(self.positions)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+    def positions_tensor(self) -> Tensor:
+        """int32 of `keys.shape[:-1]`.
+
+        A `range` is written out (and expanded, not copied, over the heads).
+        """
+        if isinstance(self.positions, range):
+            p = torch.arange(
+                self.positions.start,
+                self.positions.stop,
+                dtype=torch.int32,
+                device=self.keys.device,
+            )
+            return p.expand(self.keys.shape[0], -1)
+        return self.positions
+
+    def row(self, head: int) -> Row:
+        """Views of the entries of KV head `head`."""
+        positions = self.positions_tensor()
+        index: int | slice = head
+        if self.row_lengths is not None:
+            starts = [0, *accumulate(self.row_lengths)]
+            index = slice(starts[head], starts[head + 1])
+        weight = None if self.log_weight is None else self.log_weight[index]
+        return Row(self.keys[index], self.values[index], positions[index], weight)
+
+    def rows(self) -> list[Row]:
+        """`row` of every head."""
+        return [self.row(head) for head in range(self.num_kv_heads)]
+
+    def select(self, rows: Sequence[Tensor]) -> "LayerKV":
+        """Copies of chosen entries: int64 indices into each head's row, one tensor a head."""
+        if len(rows) != self.num_kv_heads:
+            raise ShapeError(
+                f"layer {self.layer_idx}: {len(rows)} index rows for {self.num_kv_heads} KV heads"
+            )
+        picked = []
+        for row, index in zip(self.rows(), rows, strict=True):
+            weight = None if row.log_weight is None else row.log_weight[index]
+            picked.append(Row(row.keys[index], row.values[index], row.positions[index], weight))
+        return LayerKV.from_rows(self.layer_idx, picked, channels=self.channels)
+
+    def slice(self, start: int, stop: int) -> "LayerKV":
+        """The entries with position in [start, stop).
+
+        Views when dense over a range, copies otherwise.
+
+        Raises:
+            ShapeError: the layer holds synthetic entries, which belong to no position.
+        """
+        if isinstance(self.positions, range):
+            first = min(max(start - self.positions.start, 0), len(self.positions))
+            last = min(max(stop - self.positions.start, first), len(self.positions))
+            weight = None if self.log_weight is None else self.log_weight[:, first:last]
+            return replace(
+                self,
+                keys=self.keys[:, first:last],
+                values=self.values[:, first:last],
+                positions=self.positions[first:last],
+                log_weight=weight,
+            )
+        if bool((self.positions == SYNTHETIC).any()):
+            raise ShapeError(
+                f"layer {self.layer_idx} holds synthetic entries, which belong to no position: it "
+                "can only be kept whole"
+            )
+        rows = [
+            ((row.positions >= start) & (row.positions < stop)).nonzero()[:, 0]
+            for row in self.rows()
+        ]
+        return self.select(rows)
+
+    def validate(self) -> None:
+        """Check contents: positions ascending and unique in each row, synthetic last.
+
+        Channels ascending; no NaN weight.
+
+        Raises:
+            ShapeError: naming the first row that is wrong.
+        """
+        if isinstance(self.positions, Tensor):
+            for head, row in enumerate(self.rows()):
+                real = row.positions[: int((row.positions != SYNTHETIC).sum())]
+                if bool((real < 0).any()) or bool((real[1:] <= real[:-1]).any()):
+                    raise ShapeError(
+                        f"layer {self.layer_idx}, head {head}: positions must ascend without "
+                        "repeats, "
+                        f"synthetic entries ({SYNTHETIC}) last"
+                    )
+        if self.log_weight is not None and not bool(torch.isfinite(self.log_weight).all()):
+            raise ShapeError(f"layer {self.layer_idx}: log_weight holds a value that is not finite")
+        if self.channels is not None and bool(
+            (self.channels[:, 1:] <= self.channels[:, :-1]).any() | (self.channels < 0).any()
+        ):
+            raise ShapeError(
+                f"layer {self.layer_idx}: channels must ascend without repeats in every head"
+            )
+
+    def equal(self, other: "LayerKV") -> bool:
+        """Whether both hold the same entries bit for bit.
+
+        A range equals the same positions written out.
+        """
+        if (self.layer_idx, self.lengths) != (other.layer_idx, other.lengths):
+            return False
+        if self.keys.shape[-1] != other.keys.shape[-1] or (self.channels is None) != (
+            other.channels is None
+        ):
+            return False
+        if (
+            self.channels is not None
+            and other.channels is not None
+            and not torch.equal(self.channels, other.channels)
+        ):
+            return False
+        for mine, theirs in zip(self.rows(), other.rows(), strict=True):
+            if not all(_storage_equal(a, b) for a, b in zip(mine[:3], theirs[:3], strict=True)):
+                return False
+            if (mine.log_weight is None) != (theirs.log_weight is None):
+                return False
+            a, b = mine.log_weight, theirs.log_weight
+            if a is not None and b is not None and not _storage_equal(a, b):
+                return False
+        return True
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class KVBlock:
+    """A run of tokens [start, start + num_tokens) of one sequence, over some layers of a model.
+
+    Attributes:
+        spec: what the numbers mean.
+        start: index of the run's first token in the sequence.
+        num_tokens: tokens the run stands for, evicted ones included.
+        layers: ascending in `layer_idx`.
+    """
+
+    spec: KVSpec
+    start: int
+    num_tokens: int
+    layers: tuple[LayerKV, ...]
+
+    def __post_init__(self) -> None:
+        """Check every layer against the spec."""
+        object.__setattr__(self, "layers", tuple(self.layers))
+        if self.start < 0 or self.num_tokens < 0 or self.stop > 1 << 31:
+            raise ShapeError(
+                f"a block cannot start at {self.start} with {self.num_tokens} tokens: "
+                "positions are int32"
+            )
+        last = -1
+        for layer in self.layers:
+            if not last < layer.layer_idx < self.spec.num_layers:
+                raise ShapeError(
+                    f"layer_idx {layer.layer_idx} is out of order or beyond the model's "
+                    f"{self.spec.num_layers} layers"
+                )
+            last = layer.layer_idx
+            self._check_layer(layer)
+
+    def _check_layer(self, layer: LayerKV) -> None:
+        want = self.spec.layers[layer.layer_idx]
+        if want.kind is LayerKind.RECURRENT:
+            raise ShapeError(
+                f"layer {layer.layer_idx} is recurrent: its state has no tokens and fits in no "
+                "block"
+            )
+        width = want.k_head_dim if layer.channels is None else layer.keys.shape[-1]
+        seen = (
+            str(layer.keys.dtype).removeprefix("torch."),
+            layer.keys.shape[-1],
+            layer.values.shape[-1],
+        )
+        if seen != (self.spec.dtype, width, want.v_head_dim):
+            raise ShapeError(
+                f"layer {layer.layer_idx} holds {seen[0]} keys of {seen[1]} and values of "
+                f"{seen[2]} channels; "
+                f"the spec says {self.spec.dtype}, {width} and {want.v_head_dim}"
+            )
+        if layer.num_kv_heads > want.num_kv_heads:  # fewer: a tensor-parallel rank's share
+            raise ShapeError(
+                f"layer {layer.layer_idx} holds {layer.num_kv_heads} KV heads; the spec says "
+                f"{want.num_kv_heads}"
+            )
+        if isinstance(layer.positions, range) and layer.positions != range(self.start, self.stop):
+            raise ShapeError(
+                f"layer {layer.layer_idx} holds positions "
+                f"{layer.positions.start}..{layer.positions.stop}; "
+                f"the block is [{self.start}, {self.stop})"
+            )
+
+    @classmethod
+    def dense(
+        cls, spec: KVSpec, layers: Sequence[tuple[Tensor, Tensor]], *, start: int = 0
+    ) -> Self:
+        """A block of all layers from (keys, values) pairs [Hkv, T, D], nothing evicted.
+
+        Holds views, copies nothing.
+        """
+        if len(layers) != spec.num_layers:
+            raise ShapeError(f"{len(layers)} layers given; the spec has {spec.num_layers}")
+        num_tokens = layers[0][0].shape[-2]
+        return cls(
+            spec=spec,
+            start=start,
+            num_tokens=num_tokens,
+            layers=tuple(
+                LayerKV(layer_idx=i, keys=k, values=v, positions=range(start, start + num_tokens))
+                for i, (k, v) in enumerate(layers)
+            ),
+        )
+
+    @property
+    def stop(self) -> int:
+        """Index after the run's last token."""
+        return self.start + self.num_tokens
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers, metadata included."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def slice(self, start: int, stop: int) -> "KVBlock":
+        """The tokens [start, stop), given as indices in the sequence.
+
+        Raises:
+            ShapeError: the range leaves the block, or a layer holds synthetic entries.
+        """
+        if not self.start <= start <= stop <= self.stop:
+            raise ShapeError(
+                f"[{start}, {stop}) is not inside the block [{self.start}, {self.stop})"
+            )
+        if (start, stop) == (self.start, self.stop):
+            return self
+        layers = tuple(layer.slice(start, stop) for layer in self.layers)
+        return KVBlock(spec=self.spec, start=start, num_tokens=stop - start, layers=layers)
+
+    def split(self, *at: int) -> list["KVBlock"]:
+        """Cut at ascending token indices of the sequence: n cuts give n + 1 blocks."""
+        edges = [self.start, *at, self.stop]
+        return [self.slice(a, b) for a, b in pairwise(edges)]
+
+    @staticmethod
+    def join(blocks: Sequence["KVBlock"]) -> "KVBlock":
+        """One block from consecutive runs of the same model and layers; the inverse of `split`.
+
+        Raises:
+            ShapeError: nothing to join, or the runs are not consecutive or differ in spec, layers
+                or channels.
+        """
+        if not blocks:
+            raise ShapeError("cannot join zero blocks")
+        first = blocks[0]
+        for left, right in pairwise(blocks):
+            if right.start != left.stop:
+                raise ShapeError(
+                    f"cannot join [{left.start}, {left.stop}) and [{right.start}, {right.stop})"
+                )
+            if right.spec != first.spec:
+                raise ShapeError("cannot join blocks of different specs")
+            if [x.layer_idx for x in right.layers] != [x.layer_idx for x in first.layers]:
+                raise ShapeError("cannot join blocks over different layers")
+        if len(blocks) == 1:
+            return first
+        layers = tuple(
+            _join_layers([block.layers[i] for block in blocks]) for i in range(len(first.layers))
+        )
+        num_tokens = sum(block.num_tokens for block in blocks)
+        return KVBlock(spec=first.spec, start=first.start, num_tokens=num_tokens, layers=layers)
+
+    def equal(self, other: "KVBlock") -> bool:
+        """Whether both hold the same tokens of the same spec bit for bit."""
+        return (
+            (self.spec, self.start, self.num_tokens) == (other.spec, other.start, other.num_tokens)
+            and len(self.layers) == len(other.layers)
+            and all(a.equal(b) for a, b in zip(self.layers, other.layers, strict=True))
+        )
+
+
+def _join_layers(parts: Sequence[LayerKV]) -> LayerKV:
+    first = parts[0]
+    for part in parts[1:]:
+        same = (part.channels is None) == (first.channels is None) and (
+            part.channels is None
+            or first.channels is None
+            or torch.equal(part.channels, first.channels)
+        )
+        if part.num_kv_heads != first.num_kv_heads or not same:
+            raise ShapeError(
+                f"layer {first.layer_idx}: cannot join blocks that differ in KV heads or channels"
+            )
+    ranges = [part.positions for part in parts if isinstance(part.positions, range)]
+    if len(ranges) == len(parts) and all(part.log_weight is None for part in parts):
+        return replace(
+            first,
+            keys=torch.cat([part.keys for part in parts], dim=1),
+            values=torch.cat([part.values for part in parts], dim=1),
+            positions=range(ranges[0].start, ranges[-1].stop),
+        )
+    weighted = any(part.log_weight is not None for part in parts)
+    rows = []
+    for head in range(first.num_kv_heads):
+        mine = [part.row(head) for part in parts]
+        if any(bool((row.positions == SYNTHETIC).any()) for row in mine[:-1]):
+            raise ShapeError(
+                f"layer {first.layer_idx}: only the last block may hold synthetic entries"
+            )
+        weight = None
+        if weighted:
+            weight = torch.cat(
+                [
+                    torch.zeros(len(r.positions), device=r.keys.device)
+                    if r.log_weight is None
+                    else r.log_weight
+                    for r in mine
+                ]
+            )
+        rows.append(
+            Row(
+                torch.cat([r.keys for r in mine]),
+                torch.cat([r.values for r in mine]),
+                torch.cat([r.positions for r in mine]),
+                weight,
+            )
+        )
+    return LayerKV.from_rows(first.layer_idx, rows, channels=first.channels)

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `kvlib` command."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from kvlib.errors import KVLibError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="KV-cache management and compression for LLM inference.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+
+@app.callback()
+def _root() -> None:
+    """Keep `kvlib <command>` a group even while it has few commands."""
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        Path, typer.Option(help="Folder for report.html, report.json and report.svg.")
+    ] = Path("demo-report"),
+    tokens: Annotated[int, typer.Option(min=256, help="Length of the shared prefix.")] = 4096,
+    codecs: Annotated[
+        str, typer.Option(help="Codecs to compare, separated by ';'.")
+    ] = "exact;int8;int4",
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate for the answer.")] = 32,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of torch; all cores by default.")
+    ] = None,
+    keep: Annotated[bool, typer.Option(help="Keep the stored blocks beside the report.")] = False,
+) -> None:
+    """Prefill a long prompt once, store it with each codec, answer from it in a second process."""
+    from kvlib.demo import run_demo
+
+    methods = tuple(text.strip() for text in codecs.split(";") if text.strip())
+    run_demo(
+        out=out,
+        num_tokens=tokens,
+        codecs=methods,
+        new_tokens=new_tokens,
+        threads=threads,
+        keep=keep,
+        console=console,
+    )
+
+
+@app.command("list")
+def list_plugins() -> None:
+    """Print every registered codec and tier."""
+    from kvlib.codecs import CODECS, build_codec
+    from kvlib.registry import describe
+    from kvlib.store import TIERS
+
+    table = Table("family", "name", "status", "lossless", "with its defaults")
+    for name in CODECS.names():
+        codec = build_codec(name)
+        table.add_row(
+            "codec", name, codec.status, "yes" if codec.lossless else "no", describe(codec)
+        )
+    for name in TIERS.names():
+        tier = TIERS.get(name)
+        table.add_row(
+            "tier", name, "stable", "", "survives a restart" if tier.persistent else "in memory"
+        )
+    console.print(table)
+
+
+def main() -> None:
+    """Run the command line; an error of ours is one line and exit status 1."""
+    try:
+        app()
+    except KVLibError as exc:
+        Console(stderr=True).print(f"[bold red]{type(exc).__name__}[/]: {exc}", highlight=False)
+        sys.exit(1)

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which records hold a prompt: found by walking its keys, with headers remembered.
+
+The cache of headers only saves reads. What it says is checked against the tiers each time, and what
+a record really holds is checked again when it is loaded.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvlib.codecs.container import MAX_HEADER_BYTES, parse_header
+from kvlib.errors import CodecError
+from kvlib.keys import BlockKey, StoreKey
+from kvlib.store.tier import Tier
+
+__all__ = ["Directory", "Found"]
+
+_HEADER_CACHE_RECORDS = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A record of the walk: its key, our first block in it, how many are ours, all it holds."""
+
+    key: StoreKey
+    first: int
+    count: int
+    held: tuple[BlockKey, ...]
+    fidelity: str
+
+
+class Directory:
+    """The records of some tiers, fastest tier first.
+
+    Args:
+        tiers: where records are.
+        mac_key: see `kvlib.codecs.container.parse_header`.
+    """
+
+    def __init__(self, tiers: Sequence[Tier], mac_key: bytes | None) -> None:
+        self._tiers = tiers
+        self._mac_key = mac_key
+        self._lock = threading.Lock()
+        self._headers: OrderedDict[StoreKey, tuple[BlockKey, ...]] = OrderedDict()
+
+    def record_keys(self, key: StoreKey) -> tuple[BlockKey, ...] | None:
+        """Keys of the blocks in a record, from the cache or its header; None if it is not there."""
+        with self._lock:
+            known = self._headers.get(key)
+            if known is not None:
+                self._headers.move_to_end(key)
+        if known is not None and any(tier.contains_many([key])[0] for tier in self._tiers):
+            return known
+        for tier in self._tiers:
+            size = tier.size(key)
+            if size is None:
+                continue
+            front = np.empty(min(size, MAX_HEADER_BYTES), np.uint8)
+            if tier.get_into(key, front.data, sections=()) is None:
+                continue
+            try:
+                keys = parse_header(front.data, mac_key=self._mac_key).keys
+            except CodecError:
+                continue
+            self._remember(key, keys)
+            return keys
+        with self._lock:
+            self._headers.pop(key, None)
+        return None
+
+    def _remember(self, key: StoreKey, keys: tuple[BlockKey, ...]) -> None:
+        with self._lock:
+            self._headers[key] = keys
+            self._headers.move_to_end(key)
+            while len(self._headers) > _HEADER_CACHE_RECORDS:
+                self._headers.popitem(last=False)
+
+    def find(
+        self, identities: Sequence[tuple[str, bytes]], keys: Sequence[BlockKey], at: int
+    ) -> Found | None:
+        """The record that starts with block `at`, under the best identity."""
+        for fidelity, storage in identities:
+            key = StoreKey(keys[at], storage)
+            held = self.record_keys(key)
+            if held:
+                count = 0
+                while (
+                    count < len(held) and at + count < len(keys) and held[count] == keys[at + count]
+                ):
+                    count += 1
+                if count:
+                    return Found(key, at, count, held, fidelity)
+        return None
+
+    def run(self, identities: Sequence[tuple[str, bytes]], keys: Sequence[BlockKey]) -> list[Found]:
+        """The records that hold the leading blocks of a prompt, in order."""
+        run: list[Found] = []
+        at = 0
+        while at < len(keys):
+            found = self.find(identities, keys, at)
+            if found is None:
+                break
+            run.append(found)
+            at += found.count
+        return run
+
+    def forget(self, key: StoreKey) -> None:
+        """Drop what is remembered of a record."""
+        with self._lock:
+            self._headers.pop(key, None)

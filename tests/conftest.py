@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+import os
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# Set before torch is imported, and inherited by children: the threads of busy processes stall each
+# other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+IN_CI = os.environ.get("CI") == "true"
+
+# A busy machine must not turn a slow example into a failure.
+settings.register_profile(
+    "default",
+    derandomize=True,
+    deadline=None,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.register_profile(
+    "long", settings.get_profile("default"), derandomize=False, max_examples=2000
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+class SkipsFail:
+    """In CI, a skipped test that is not marked `gpu` fails the run."""
+
+    def __init__(self):
+        self.gpu = set()
+        self.skips = []
+
+    def pytest_collection_finish(self, session):
+        self.gpu = {item.nodeid for item in session.items if item.get_closest_marker("gpu")}
+
+    def pytest_collectreport(self, report):
+        self.pytest_runtest_logreport(report)
+
+    def pytest_runtest_logreport(self, report):
+        if report.skipped and not hasattr(report, "wasxfail") and report.nodeid not in self.gpu:
+            where = report.longrepr
+            reason = where[2] if isinstance(where, tuple) else str(where)
+            self.skips.append(f"{report.nodeid}: {reason}")
+
+    def pytest_sessionfinish(self, session):
+        if self.skips and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter):
+        if self.skips:
+            terminalreporter.section(
+                "CI: skipped without the gpu marker, so the run fails", red=True
+            )
+            for line in self.skips:
+                terminalreporter.line(line)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--regen-golden", action="store_true", help="write the golden files instead of checking"
+    )
+
+
+def pytest_configure(config):
+    if IN_CI:
+        if config.getoption("--regen-golden"):
+            raise pytest.UsageError("--regen-golden is for a developer's machine, not for CI")
+        config.pluginmanager.register(SkipsFail(), "kvlib-skips-fail")
+
+
+def pytest_collection_modifyitems(items):
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_collection_finish():
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+    if os.environ.get("KVLIB_EXPECT_INSTALLED") == "1":
+        import kvlib
+
+        site = Path(sysconfig.get_path("purelib")).resolve()
+        if not Path(kvlib.__file__).resolve().is_relative_to(site):
+            raise pytest.UsageError(f"expected kvlib in {site}, the tests import {kvlib.__file__}")
+
+
+@pytest.fixture
+def regen_golden(request) -> bool:
+    """Whether to write golden files instead of checking them."""
+    return request.config.getoption("--regen-golden")

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract over every registered codec, and over one from outside."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+from kvlib.codecs import (
+    CODECS,
+    Section,
+    build_codec,
+    codec_from_canonical,
+    decode_block,
+    describe_codec,
+    encode_block,
+)
+from kvlib.codecs.container import SectionFlag, SectionKind
+from kvlib.registry import describe
+from kvlib.testing.codecs import CodecContract, sample_blocks
+from kvlib.testing.models import random_block, tiny_spec
+
+ULP = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+SMALLEST = {torch.float32: 2.0**-149, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133}
+
+
+def integer_bound(codec, x):
+    """step / 2 and one rounding to the dtype, by the documented formula in float64.
+
+    The step is the least float16 that covers a group from its minimum's float16 below; so it is at
+    most one float16 spacing above the real one. 2**-10 of it is float32's share in the quotient.
+    """
+    wide = x.double().numpy()
+    rows = wide.reshape(-1, wide.shape[-1])
+    if not np.isfinite(rows).all() or np.abs(rows).max() > 65504:
+        return np.full(wide.shape, np.nan)  # stored raw
+    bound = np.empty_like(rows)
+    for first in range(0, rows.shape[1], codec.group):
+        part = slice(first, first + codec.group)
+        low, high = rows[:, part].min(1), rows[:, part].max(1)
+        floor = low - np.maximum(np.abs(low) * 2.0**-10, 2.0**-24)
+        step = (high - floor) / (2**codec.bits - 1)
+        step = step + np.maximum(step * 2.0**-10, 2.0**-24)
+        size = np.maximum(np.abs(floor), np.abs(high)) + step
+        rounding = np.maximum(size * ULP[x.dtype], SMALLEST[x.dtype])
+        bound[:, part] = (step * (0.5 + 2.0**-12) + rounding)[:, None]
+    return bound.reshape(wide.shape)
+
+
+BOUNDS = {"int4": integer_bound, "int8": integer_bound}
+
+
+class TestRegisteredCodecs(CodecContract):
+    @pytest.fixture(params=CODECS.names())
+    def codec(self, request):
+        return build_codec(request.param)
+
+    def max_error(self, codec, x):
+        if codec.lossless:
+            return None
+        assert codec.name in BOUNDS, f"{codec.name} is lossy: give its bound in BOUNDS"
+        return BOUNDS[codec.name](codec, x)
+
+    def test_text_builds_an_equal_codec(self, codec):
+        """A codec's text, and its canonical string in a header, build the codec again."""
+        assert build_codec(describe(codec)) == codec
+        assert codec_from_canonical(describe_codec(codec)) == codec
+        assert codec.name in CODECS.names()
+
+    def test_readers_find_the_codec(self, codec):
+        """Without `codec_for`, the codec is found by what the header says."""
+        block = random_block(tiny_spec(), 7)
+        data = b"".join(encode_block(block, codec))
+        assert decode_block(data, block.spec).equal(self.decode(codec, data, block.spec))
+
+
+class TestOtherGroups(CodecContract):
+    @pytest.fixture(params=["int4:group=2", "int8:group=3", "int4:group=1024"])
+    def codec(self, request):
+        return build_codec(request.param)
+
+    @pytest.fixture(params=["float32", "bfloat16"])
+    def dtype(self, request):
+        return request.param
+
+    def max_error(self, codec, x):
+        return integer_bound(codec, x)
+
+
+@dataclass(frozen=True)
+class NegatedCodec:
+    """A codec that somebody else might write: every byte inverted, one secret for all layers."""
+
+    name: ClassVar[str] = "negated"
+    version: ClassVar[int] = 3
+    status: ClassVar[str] = "experimental"
+    lossless: ClassVar[bool] = True
+
+    mask: int = 255
+
+    def encode(self, block):
+        sections = [Section(SectionKind.CODEC, 0xFFFF, 0, (bytes([self.mask]),))]
+        for layer in block.layers:
+            for kind, x in ((SectionKind.KEYS, layer.keys), (SectionKind.VALUES, layer.values)):
+                raw = x.contiguous().flatten().view(torch.uint8).numpy() if x.numel() else None
+                parts = () if raw is None else ((raw ^ self.mask).tobytes(),)
+                size = x.numel() * x.element_size()
+                sections.append(Section(kind, layer.layer_idx, size, parts, SectionFlag(0)))
+        return sections
+
+    def decode(self, container, layer_idx, keys, values):
+        from kvlib.errors import CorruptDataError
+
+        _, secret = container.read(SectionKind.CODEC, 0xFFFF)
+        if bytes(secret) != bytes([self.mask]):
+            raise CorruptDataError("another mask")
+        for kind, out in ((SectionKind.KEYS, keys), (SectionKind.VALUES, values)):
+            _, data = container.read(kind, layer_idx)
+            if data.nbytes != out.numel() * out.element_size():
+                raise CorruptDataError("another size")
+            if out.numel():
+                raw = torch.from_numpy(np.frombuffer(data, np.uint8) ^ self.mask)
+                out.copy_(raw.view(out.dtype).reshape(out.shape))
+
+
+class TestOutsideCodec(CodecContract):
+    @pytest.fixture
+    def codec(self):
+        return NegatedCodec()
+
+    def test_never_grows(self, codec, dtype):
+        """Its one byte of side information is the only thing it adds."""
+        for _, block in sample_blocks(dtype):
+            sizes = [s.stored_bytes for s in codec.encode(block)]
+            assert sum(sizes) == 1 + sum(s.raw_bytes for s in codec.encode(block))
+
+    def test_reads_only_the_layers_asked_for(self, codec, dtype):
+        """The section that all layers share is verified whichever layer is read."""
+        block = random_block(tiny_spec(), 3)
+        data = bytearray(self.encode(codec, block))
+        at = data.rindex(b"\xff" + bytes(7))  # the last section, and its padding
+        data[at] ^= 1
+        from kvlib.errors import CorruptDataError
+
+        for layer in (0, 1):
+            with pytest.raises(CorruptDataError):
+                self.decode(codec, data, block.spec, layers=[layer])
+
+
+def test_a_lossy_codec_without_a_bound_fails_the_contract():
+    """The contract does not let a lossy codec pass without saying how lossy it is."""
+    contract = CodecContract()
+    x = torch.ones((1, 2, 4))
+    with pytest.raises(NotImplementedError, match="max_error"):
+        contract.check_matrix(build_codec("int4"), x, x)
+
+
+def test_contract_catches_a_wrong_codec():
+    """One wrong bit, or a tensor of NaN instead of a number, does not pass."""
+    contract = TestRegisteredCodecs()
+    x = torch.linspace(-1, 1, 64).reshape(1, 2, 32)
+    for name in ("exact", "int4", "int8"):
+        codec = build_codec(name)
+        for wrong in (float("nan"), 0.2 + float(x[0, 1, 3])):
+            y = x.clone()
+            y[0, 1, 3] = wrong
+            with pytest.raises(AssertionError):
+                contract.check_matrix(codec, x, y)
+    y = x.clone()
+    y.view(torch.int32)[0, 0, 0] ^= 1
+    with pytest.raises(AssertionError):
+        contract.check_matrix(build_codec("exact"), x, y)
