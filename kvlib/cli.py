@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `kvlib` command."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -43,6 +44,7 @@ def demo(
     keep: Annotated[bool, typer.Option(help="Keep the stored blocks beside the report.")] = False,
 ) -> None:
     """Prefill a long prompt once, store it with each codec, answer from it in a second process."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads; see kvlib.demo.run
     from kvlib.demo import run_demo
 
     methods = tuple(text.strip() for text in codecs.split(";") if text.strip())

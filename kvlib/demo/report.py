@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo's reports: report.json (every number), report.html (self-contained), report.svg."""
+
+import html
+import io
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+__all__ = ["write_report"]
+
+_BAR = "#3b82c4"
+_BASE = "#b0893a"
+_LINES = ("#3b82c4", "#c2553f", "#4b9a5f", "#8a63b0")
+_TEXT = "#202124"
+
+_STYLE = """
+:root { color-scheme: light dark; --text: #202124; --soft: #5f6368; --line: #dadce0; --back: #fff; }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #e8eaed; --soft: #9aa0a6; --line: #3c4043; --back: #1b1c1f; }
+}
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--back);
+  max-width: 60rem; margin: 2.5rem auto; padding: 0 1.25rem; }
+h1 { font-size: 1.6rem; line-height: 1.25; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+p.soft, td.soft, footer { color: var(--soft); }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: .4rem .6rem; border-bottom: 1px solid var(--line); }
+th:first-child, td:first-child { text-align: left; }
+blockquote { margin: 0; padding: .6rem 1rem; border-left: 3px solid #3b82c4; }
+svg { max-width: 100%; height: auto; color: var(--text); }
+.wide { overflow-x: auto; } code { font-size: .92em; }
+"""
+
+
+def write_report(data: dict[str, Any], out: Path) -> None:
+    """Write report.json, report.html and report.svg into `out`."""
+    (out / "report.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    overview = _overview(data)
+    (out / "report.svg").write_text(overview, encoding="utf-8")
+    page = _page(data, _inline(overview), _inline(_kl_plot(data)) if _lossy(data) else "")
+    (out / "report.html").write_text(page, encoding="utf-8")
+
+
+def _lossy(data: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for row in data["codecs"] if row["fidelity"] != "exact"]
+
+
+def _figure(width: float, height: float, columns: int = 1) -> Any:
+    import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    mpl.rcParams.update({"svg.fonttype": "path", "svg.hashsalt": "kvlib", "font.size": 10})
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(colors=_TEXT)
+        axis.set_facecolor("none")
+    return figure, axes
+
+
+def _svg(figure: Any, background: str) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", facecolor=background, metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _overview(data: dict[str, Any]) -> str:
+    """Bars: time to first token on a logarithmic axis, and bytes on disk."""
+    figure, (left, right) = _figure(9.2, 3.1, 2)
+    rows = data["codecs"]
+    names = ["recomputed", *(row["codec"] for row in rows)]
+    times = [rows[0]["recomputed_median_s"], *(row["first_token_median_s"] for row in rows)]
+    bars = left.barh(names, times, color=[_BASE] + [_BAR] * len(rows))
+    left.bar_label(bars, [f" {t:.2f} s" for t in times], color=_TEXT)
+    left.set_xscale("log")
+    left.set_xlim(min(times) / 2, max(times) * 4)
+    left.set_title(f"First token after {data['prefill']['tokens']:,} tokens", color=_TEXT)
+    left.set_xlabel("seconds, logarithmic", color=_TEXT)
+    names = [f"KV cache ({data['model']['dtype']})", *(row["codec"] for row in rows)]
+    sizes = [rows[0]["raw_bytes"] / 2**20, *(row["stored_bytes"] / 2**20 for row in rows)]
+    bars = right.barh(names, sizes, color=[_BASE] + [_BAR] * len(rows))
+    right.bar_label(bars, [f" {s:.0f} MiB" for s in sizes], color=_TEXT)
+    right.set_xlim(0, max(sizes) * 1.25)
+    right.set_title("Bytes on disk", color=_TEXT)
+    right.set_xlabel("MiB", color=_TEXT)
+    for axis in (left, right):
+        axis.invert_yaxis()
+    return _svg(figure, "white")
+
+
+def _kl_plot(data: dict[str, Any]) -> str:
+    """KL divergence of each continuation token from the full cache, lossy codecs only."""
+    figure, (axis,) = _figure(9.2, 2.8)
+    for row, color in zip(_lossy(data), _LINES * len(data["codecs"]), strict=False):
+        axis.plot(row["kl_per_token"], color=color, linewidth=1.3, label=row["codec"])
+        axis.axhline(row["kl_mean"], color=color, linewidth=0.8, linestyle="--")
+    axis.set_yscale("log")
+    axis.set_xlabel("token of the continuation", color=_TEXT)
+    axis.set_ylabel("KL, nats", color=_TEXT)
+    axis.legend(frameon=False, labelcolor=_TEXT)
+    return _svg(figure, "none")
+
+
+def _inline(svg: str) -> str:
+    """Let the page's text colour reach the drawing, and its background show through."""
+    return svg.replace(_TEXT, "currentColor").replace("fill: #ffffff", "fill: none")
+
+
+def _page(data: dict[str, Any], overview: str, kl: str) -> str:
+    rows = data["codecs"]
+    first = rows[0]
+    best = min(rows, key=lambda row: row["stored_bytes"])
+    tokens = f"{data['prefill']['tokens']:,}"
+    same = "the same answer, token for token" if first["answer_equal"] else "another answer"
+    headline = (
+        f"{tokens} tokens restored in {first['first_token_median_s']:.2f} s instead of "
+        f"{first['recomputed_median_s']:.1f} s: {first['speedup']:.0f}x sooner, {same}"
+    )
+    lines = "".join(_table_row(row) for row in rows)
+    environment = data["environment"]
+    packages = ", ".join(f"{k} {v}" for k, v in environment["packages"].items() if v)
+    spread = ", ".join(f"{t:.2f}" for t in first["first_token_s"])
+    recomputed = ", ".join(f"{t:.2f}" for t in first["recomputed_first_token_s"])
+    kl_part = (
+        f"<h2>What lossy codecs change</h2><p>KL divergence of each next-token distribution from "
+        f"that of the full cache, over {data['continuation_tokens']} tokens of the text that "
+        f"follow the prefix. Dashed: the mean.</p><div class=wide>{kl}</div>"
+        if kl
+        else ""
+    )
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>kvlib demo</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>
+<body><h1>{html.escape(headline)}</h1>
+<p class=soft>{html.escape(data["model"]["name"])}, {data["arguments"]["threads"]} threads on
+{html.escape(environment["cpu"])}. Smallest here: {html.escape(best["codec"])}, {best["ratio"]:.1f}x
+fewer bytes than the cache in {html.escape(data["model"]["dtype"])}.</p>
+<div class=wide>{overview}</div>
+<h2>By codec</h2><div class=wide><table><thead><tr><th>codec<th>MiB on disk<th>ratio
+<th>saved at MB/s<th>first token<th>sooner<th>keys and values<th>answer<th>KL<th>top-1</thead>
+<tbody>{lines}</tbody></table></div>
+<h2>The answer, from the second process</h2>
+<blockquote>{html.escape(first["answer_text"].strip())}</blockquote>
+{kl_part}
+<h2>How it was measured</h2>
+<p>The first process ran the model over {tokens} tokens of Python's help topics
+({data["prefill"]["seconds"]:.1f} s) and stored the keys and values with each codec. For each codec
+a second process, which had never seen the text, loaded the model, opened the store and generated an
+answer to a question of {data["question_tokens"]} tokens; the time to its first token includes
+reading, verifying and decoding the blocks and running the question. Recomputed is the same
+<code>generate</code> call without kvlib. Imports and loading the model are in neither; the page
+cache is warm. Restored with {html.escape(first["codec"])}: {spread} s; recomputed: {recomputed} s;
+the table gives medians.</p>
+<p>Another salt found {first["other_salt_tokens"]} tokens. A prompt that shares
+{first["partial_shared_tokens"]} tokens restored {first["partial_restored_tokens"]}, the whole
+blocks among them.</p>
+<footer><p>Run again with <code>kvlib demo</code>. Every raw number is in report.json. Python
+{environment["python"]}, {html.escape(packages)}; {html.escape(environment["system"])},
+{environment["cores"]} cores.</p></footer></body></html>
+"""
+
+
+def _table_row(row: dict[str, Any]) -> str:
+    speed = row["raw_bytes"] / row["save_s"] / 1e6
+    cells = (
+        html.escape(row["codec"]),
+        f"{row['stored_bytes'] / 2**20:.1f}",
+        f"{row['ratio']:.2f}x",
+        f"{speed:.0f}",
+        f"{statistics.median(row['first_token_s']):.2f} s",
+        f"{row['speedup']:.1f}x",
+        "bit-equal" if row["kv_bit_equal"] else "close",
+        "identical" if row["answer_equal"] else "differs",
+        f"{row['kl_mean']:.1e}",
+        f"{row['top1_agreement']:.1%}",
+    )
+    return "<tr>" + "".join(f"<td>{cell}" for cell in cells)
