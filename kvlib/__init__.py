@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kvlib.blocks import KVBlock, LayerKV
+    from kvlib.budget import Budget
     from kvlib.errors import KVLibError
     from kvlib.keys import BlockKey, Extra, StoreKey, block_keys
-    from kvlib.plans import Budget, apply_plan
+    from kvlib.plans import apply_plan
     from kvlib.prefix import PrefixCache
     from kvlib.spec import KVSpec, LayerKind, LayerSpec, RopeSpec
     from kvlib.store.store import KVStore
 
 _HOME = {
     "BlockKey": "kvlib.keys",
-    "Budget": "kvlib.plans",
+    "Budget": "kvlib.budget",
     "Extra": "kvlib.keys",
     "KVBlock": "kvlib.blocks",
     "KVLibError": "kvlib.errors",

@@ -31,16 +31,12 @@ SYNTHETIC = -1
 
 
 class Row(NamedTuple):
-    """The entries of one KV head."""
+    """The entries of one KV head: keys [n, C], values [n, Dv], int32 and float32 [n]."""
 
     keys: Tensor
-    """[n, C], C channels kept."""
     values: Tensor
-    """[n, Dv]."""
     positions: Tensor
-    """int32 [n]."""
     log_weight: Tensor | None
-    """float32 [n] or None."""
 
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -79,23 +75,19 @@ class LayerKV:
     channels: Tensor | None = None
 
     def __post_init__(self) -> None:
-        """Check shapes and dtypes.
-
-        Contents are checked by `validate`, which may wait for a device.
-        """
+        """Check shapes and dtypes; `validate` checks contents, which may wait for a device."""
         rank = 3 if self.row_lengths is None else 2
         lead = self.keys.shape[:-1]
         if self.keys.dim() != rank or self.values.dim() != rank or self.values.shape[:-1] != lead:
             form = "[Hkv, T, D]" if rank == 3 else "[N, D] with row_lengths"
             raise ShapeError(
                 f"layer {self.layer_idx}: keys {tuple(self.keys.shape)} and values "
-                f"{tuple(self.values.shape)} "
-                f"do not agree; expected {form} with equal leading sizes"
+                f"{tuple(self.values.shape)} do not agree; expected {form} with equal leading sizes"
             )
         if self.keys.dtype != self.values.dtype or self.keys.device != self.values.device:
             raise ShapeError(
-                f"layer {self.layer_idx}: keys are {self.keys.dtype} on {self.keys.device}, "
-                f"values {self.values.dtype} on {self.values.device}; expected the same"
+                f"layer {self.layer_idx}: keys are {self.keys.dtype} on {self.keys.device}, values "
+                f"{self.values.dtype} on {self.values.device}; expected the same"
             )
         if self.row_lengths is not None and (
             sum(self.row_lengths) != lead[0] or any(n < 0 for n in self.row_lengths)
@@ -113,8 +105,7 @@ class LayerKV:
             ):
                 raise ShapeError(
                     f"layer {self.layer_idx}: positions {self.positions} do not fit; a range needs "
-                    "dense rows, "
-                    f"step 1 and as many positions as entries ({lead[-1]})"
+                    f"dense rows, step 1 and as many positions as entries ({lead[-1]})"
                 )
         else:
             self._check_entry_tensor("positions", self.positions, torch.int32)
@@ -125,8 +116,7 @@ class LayerKV:
             if tuple(self.channels.shape) != want or self.channels.dtype != torch.int64:
                 raise ShapeError(
                     f"layer {self.layer_idx}: channels are {self.channels.dtype} "
-                    f"{tuple(self.channels.shape)}; "
-                    f"expected int64 {want}"
+                    f"{tuple(self.channels.shape)}; expected int64 {want}"
                 )
 
     def _check_entry_tensor(self, name: str, x: Tensor, dtype: torch.dtype) -> None:
@@ -140,10 +130,7 @@ class LayerKV:
     def from_rows(
         cls, layer_idx: int, rows: Sequence[Row], *, channels: Tensor | None = None
     ) -> Self:
-        """A layer from one `Row` per KV head.
-
-        Dense when they are equally long, packed otherwise.
-        """
+        """A layer from one `Row` per head: dense if they are equally long, else packed."""
         lengths = tuple(row.keys.shape[0] for row in rows)
         dense = len(set(lengths)) == 1
         weighted = any(row.log_weight is not None for row in rows)
@@ -195,10 +182,7 @@ class LayerKV:
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
     def positions_tensor(self) -> Tensor:
-        """int32 of `keys.shape[:-1]`.
-
-        A `range` is written out (and expanded, not copied, over the heads).
-        """
+        """Positions as int32 of `keys.shape[:-1]`; a `range` is expanded over the heads."""
         if isinstance(self.positions, range):
             p = torch.arange(
                 self.positions.start,
@@ -279,8 +263,7 @@ class LayerKV:
                 if bool((real < 0).any()) or bool((real[1:] <= real[:-1]).any()):
                     raise ShapeError(
                         f"layer {self.layer_idx}, head {head}: positions must ascend without "
-                        "repeats, "
-                        f"synthetic entries ({SYNTHETIC}) last"
+                        f"repeats, synthetic entries ({SYNTHETIC}) last"
                     )
         if self.log_weight is not None and not bool(torch.isfinite(self.log_weight).all()):
             raise ShapeError(f"layer {self.layer_idx}: log_weight holds a value that is not finite")
@@ -292,10 +275,7 @@ class LayerKV:
             )
 
     def equal(self, other: "LayerKV") -> bool:
-        """Whether both hold the same entries bit for bit.
-
-        A range equals the same positions written out.
-        """
+        """Whether both hold the same bits; a range equals the same positions written out."""
         if (self.layer_idx, self.lengths) != (other.layer_idx, other.lengths):
             return False
         if self.keys.shape[-1] != other.keys.shape[-1] or (self.channels is None) != (
@@ -340,8 +320,8 @@ class KVBlock:
         object.__setattr__(self, "layers", tuple(self.layers))
         if self.start < 0 or self.num_tokens < 0 or self.stop > 1 << 31:
             raise ShapeError(
-                f"a block cannot start at {self.start} with {self.num_tokens} tokens: "
-                "positions are int32"
+                f"a block cannot start at {self.start} with {self.num_tokens} tokens: positions "
+                "are int32"
             )
         last = -1
         for layer in self.layers:
@@ -369,8 +349,8 @@ class KVBlock:
         if seen != (self.spec.dtype, width, want.v_head_dim):
             raise ShapeError(
                 f"layer {layer.layer_idx} holds {seen[0]} keys of {seen[1]} and values of "
-                f"{seen[2]} channels; "
-                f"the spec says {self.spec.dtype}, {width} and {want.v_head_dim}"
+                f"{seen[2]} channels; the spec says {self.spec.dtype}, {width} and "
+                f"{want.v_head_dim}"
             )
         if layer.num_kv_heads > want.num_kv_heads:  # fewer: a tensor-parallel rank's share
             raise ShapeError(
@@ -380,18 +360,15 @@ class KVBlock:
         if isinstance(layer.positions, range) and layer.positions != range(self.start, self.stop):
             raise ShapeError(
                 f"layer {layer.layer_idx} holds positions "
-                f"{layer.positions.start}..{layer.positions.stop}; "
-                f"the block is [{self.start}, {self.stop})"
+                f"{layer.positions.start}..{layer.positions.stop}; the block is [{self.start}, "
+                f"{self.stop})"
             )
 
     @classmethod
     def dense(
         cls, spec: KVSpec, layers: Sequence[tuple[Tensor, Tensor]], *, start: int = 0
     ) -> Self:
-        """A block of all layers from (keys, values) pairs [Hkv, T, D], nothing evicted.
-
-        Holds views, copies nothing.
-        """
+        """A block of all layers from (keys, values) pairs [Hkv, T, D]; copies nothing."""
         if len(layers) != spec.num_layers:
             raise ShapeError(f"{len(layers)} layers given; the spec has {spec.num_layers}")
         num_tokens = layers[0][0].shape[-2]

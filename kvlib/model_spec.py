@@ -49,8 +49,7 @@ def spec_for_model(
     if adapted and not adapter:
         raise ConfigError(
             "the model has an adapter loaded: pass adapter='...' (its name and a digest of its "
-            "weights), "
-            "since its cache must not be shared with the base model"
+            "weights), since its cache must not be shared with the base model"
         )
     dtype = str(model.dtype).removeprefix("torch.")
     if dtype not in DTYPES:
@@ -94,8 +93,8 @@ def model_identity(model: "PreTrainedModel") -> str:
     )
     raise ConfigError(
         f"cannot tell which weights this {type(model).__name__} has: {seen}. Pass model_id='...' "
-        "(any text that is "
-        "different for different weights); without one, its cache could be served to another model"
+        "(any text that is different for different weights); without one, its cache could be "
+        "served to another model"
     )
 
 
@@ -108,7 +107,8 @@ def files_identity(folder: Path) -> bytes:
         ConfigError: the folder holds no config.json or no weights.
     """
     files = sorted(
-        p for p in folder.iterdir() if p.name == "config.json" or p.suffix in _WEIGHT_SUFFIXES
+        (p for p in folder.iterdir() if p.name == "config.json" or p.suffix in _WEIGHT_SUFFIXES),
+        key=lambda p: p.name,  # paths themselves sort differently on Windows
     )
     names = [p.name for p in files]
     if "config.json" not in names or len(files) < 2:

@@ -61,8 +61,7 @@ class Method:
     def __str__(self) -> str:
         """The text it was parsed from, in normal form."""
         left = "+".join(str(p) for p in self.policies)
-        right = "" if self.codec is None else str(self.codec)
-        return " | ".join(part for part in (left, right) if part)
+        return left if self.codec is None else f"{left} | {self.codec}".lstrip()
 
 
 def _parse_call(text: str, whole: str) -> MethodCall:
@@ -78,8 +77,8 @@ def _parse_call(text: str, whole: str) -> MethodCall:
             key, equals, value = (part.strip() for part in item.partition("="))
             if not equals or not key or not value or (set(key) | set(value)) & _RESERVED:
                 raise ConfigError(
-                    f"cannot read {item.strip()!r} in method {whole!r}: expected key=value "
-                    "(every value has a key; none of + | ; : , = or spaces inside)"
+                    f"cannot read {item.strip()!r} in method {whole!r}: expected key=value (every "
+                    "value has a key; none of + | ; : , = or spaces inside)"
                 )
             if key in params:
                 raise ConfigError(f"{key!r} is given twice in {text.strip()!r}")
@@ -170,9 +169,8 @@ class Registry(Generic[T]):
                 if point.name in self._table or point.name in found:
                     other = self._table.get(point.name) or found[point.name].value
                     raise ConfigError(
-                        f"{point.value} registers {self._singular} {point.name!r}, which is "
-                        f"taken by {other}; "
-                        "uninstall one of them"
+                        f"{point.value} registers {self._singular} {point.name!r}, which is taken "
+                        f"by {other}; uninstall one of them"
                     )
                 found[point.name] = point
             self._outside = found
@@ -244,16 +242,13 @@ def describe(plugin: Any) -> str:
     Raises:
         ConfigError: a value that no method string can hold.
     """
-    hints = typing.get_type_hints(type(plugin))
-    parts = [
-        f"{f.name}={_value_text(plugin, f.name, hints[f.name])}" for f in fields(plugin) if f.init
-    ]
+    parts = [f"{f.name}={_value_text(plugin, f.name, f.type)}" for f in fields(plugin) if f.init]
     return f"{plugin.name}:{','.join(parts)}" if parts else str(plugin.name)
 
 
 def _value_text(plugin: Any, name: str, hint: Any) -> str:
     value = getattr(plugin, name)
-    if hint is float and type(value) is int:
+    if hint in (float, "float") and type(value) is int:
         value = float(value)  # equal to it
     if isinstance(value, bool | None):
         text = str(value).lower()

@@ -162,8 +162,7 @@ class RopeSpec:
         if self.kind not in ("linear", "llama3", "yarn"):
             raise ConfigError(
                 f"the frequencies of RoPE kind {self.kind!r} are not fixed: keys cannot be moved "
-                "to other positions; "
-                "this works for default, linear, llama3 and yarn"
+                "to other positions; this works for default, linear, llama3 and yarn"
             )
         factor = self._param(given, "factor")
         if self.kind == "linear":

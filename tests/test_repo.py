@@ -231,7 +231,7 @@ def test_modules_stay_short(path):
 # Direction of imports
 
 FLOORS = (
-    {"blocks", "errors", "keys", "plans", "registry", "spec"},
+    {"blocks", "budget", "errors", "keys", "plans", "registry", "spec"},
     {"attention", "codecs", "eviction", "kernels", "store"},
     {"cache", "model_spec", "prefix", "tiered"},
     {"cli", "connectors", "demo", "evals", "kvlib", "testing"},

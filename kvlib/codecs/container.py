@@ -141,8 +141,7 @@ def build_container(
     if header_bytes > MAX_HEADER_BYTES:
         raise UnsupportedInputError(
             f"a header of {header_bytes} bytes for {len(sections)} sections exceeds "
-            f"{MAX_HEADER_BYTES}; "
-            "encode fewer layers at once"
+            f"{MAX_HEADER_BYTES}; encode fewer layers at once"
         )
     table = bytearray()
     body: list[Buffer] = []

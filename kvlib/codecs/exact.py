@@ -110,8 +110,8 @@ def decompress(frame: memoryview, size: int) -> bytes:
         ):
             raise CorruptDataError(
                 f"a zstandard frame declares {parameters.content_size} bytes, dictionary "
-                f"{parameters.dict_id} and a window of {parameters.window_size}; "
-                f"expected {size}, none and at most {_MAX_WINDOW}"
+                f"{parameters.dict_id} and a window of {parameters.window_size}; expected {size}, "
+                f"none and at most {_MAX_WINDOW}"
             )
         return zstandard.ZstdDecompressor().decompress(
             frame, max_output_size=size, allow_extra_data=False

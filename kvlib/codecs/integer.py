@@ -49,7 +49,8 @@ def _outward(x: _Array, towards: float) -> "np.ndarray[tuple[int, ...], np.dtype
         half = x.astype(np.float16)
         back = half.astype(np.float32)
         wrong = back > x if towards < 0 else back < x
-        return np.where(wrong, np.nextafter(half, np.float16(towards)), half)
+        # + 0 turns -0.0 into 0.0: which of two zeros is the least differs between machines.
+        return np.where(wrong, np.nextafter(half, np.float16(towards)), half) + np.float16(0)
 
 
 class _IntegerCodec(MatrixCodec):
@@ -115,8 +116,7 @@ class _IntegerCodec(MatrixCodec):
         if data.nbytes != 2 * side + body:
             raise CorruptDataError(
                 f"an {self.name} section of {data.nbytes} bytes; {entries} entries of {width} "
-                "channels "
-                f"in groups of {self.group} need {2 * side + body}"
+                f"channels in groups of {self.group} need {2 * side + body}"
             )
         groups, group = self._groups(width), min(self.group, width)
         halves = np.frombuffer(data[: 2 * side], "<f2").astype(np.float32)

@@ -300,9 +300,9 @@ def _check_flags(header: Header, codec: Codec) -> None:
 def _check_identity(header: Header, spec: KVSpec) -> None:
     if header.spec_fingerprint != spec.fingerprint():
         raise IncompatibleDataError(
-            f"the container holds KV of spec {header.spec_fingerprint.hex()[:16]}..., "
-            f"expected {spec.fingerprint().hex()[:16]}... (model {spec.model_id!r}, {spec.dtype}): "
-            "another model, adapter, dtype or RoPE setting wrote it"
+            f"the container holds KV of spec {header.spec_fingerprint.hex()[:16]}..., expected "
+            f"{spec.fingerprint().hex()[:16]}... (model {spec.model_id!r}, {spec.dtype}): another "
+            "model, adapter, dtype or RoPE setting wrote it"
         )
     if _DTYPE_NAMES.get(header.dtype_code) != spec.dtype:
         raise CorruptDataError(
@@ -348,8 +348,8 @@ def _decode_layer(
             ):
                 raise ShapeError(
                     f"layer {shape.layer_idx}: cannot decode {name} into {x.dtype} "
-                    f"{tuple(x.shape)} on {x.device}; "
-                    f"expected {dtype} {(*rows.lead, width)} on cpu, last dimension contiguous"
+                    f"{tuple(x.shape)} on {x.device}; expected {dtype} {(*rows.lead, width)} on "
+                    "cpu, last dimension contiguous"
                 )
     try:
         codec.decode(container, shape.layer_idx, keys, values)
@@ -383,8 +383,8 @@ def _check_claims(
         if info.raw_bytes != entries * width * itemsize:
             raise CorruptDataError(
                 f"layer {shape.layer_idx}: {entries} entries of {width} channels need "
-                f"{entries * width * itemsize} bytes "
-                f"of {kind.name.lower()}; the section table says {info.raw_bytes}"
+                f"{entries * width * itemsize} bytes of {kind.name.lower()}; the section table "
+                f"says {info.raw_bytes}"
             )
 
 

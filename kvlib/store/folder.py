@@ -52,8 +52,8 @@ def open_folder(path: Path) -> None:
         content = sorted(p.name for p in path.iterdir())
         if content and not all(name == "tmp" or name.startswith("FORMAT.") for name in content):
             raise ConfigError(
-                f"{path} is not empty and no kvlib store: it holds {', '.join(content[:5])}. "
-                "Give an empty or new folder"
+                f"{path} is not empty and no kvlib store: it holds {', '.join(content[:5])}. Give "
+                "an empty or new folder"
             )
         temporary = path / f"FORMAT.{uuid.uuid4().hex}"
         temporary.write_text(FORMAT, encoding="utf-8")

@@ -192,6 +192,6 @@ def check_key(key: StoreKey, header: Header) -> None:
     if not header.keys or (header.keys[0], header.storage_fingerprint) != key:
         first = header.keys[0].hex()[:16] if header.keys else "no key"
         raise IncompatibleDataError(
-            f"the record holds {first}.../{header.storage_fingerprint.hex()[:16]}..., "
-            f"asked for {key.block.hex()[:16]}.../{key.storage.hex()[:16]}..."
+            f"the record holds {first}.../{header.storage_fingerprint.hex()[:16]}..., asked for "
+            f"{key.block.hex()[:16]}.../{key.storage.hex()[:16]}..."
         )

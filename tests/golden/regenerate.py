@@ -1,0 +1,684 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write the golden files that are missing: `python tests/golden/regenerate.py`.
+
+Golden files are promises to data that exists. An existing one is never overwritten: where it
+differs from what this would write, that is reported and the exit status is 1. To replace one on
+purpose (before it was ever released), delete it first.
+"""
+
+import json
+import random
+import struct
+import sys
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import zstandard
+from check_golden import RESULTS, ByKvlib, mac_key_of, plain_header, spec_of
+from torch import Tensor
+
+from kvlib.blocks import KVBlock, LayerKV
+from kvlib.codecs import build_codec, decode_block, encode_block, pack
+from kvlib.codecs.container import (
+    Flag,
+    LayerShape,
+    Section,
+    SectionFlag,
+    SectionKind,
+    build_container,
+    parse_header,
+)
+from kvlib.keys import BlockKey, block_keys
+from kvlib.spec import DTYPES, storage_digest
+
+Json = Any
+FOLDER = Path(__file__).resolve().parent
+CONTAINERS = FOLDER / "containers" / "v1"
+WRITER = "golden"  # in place of kvlib's version, which must be free to change
+
+
+def layer(heads: int, k: int, v: int, **more: Json) -> Json:
+    plain = {"kind": "full", "num_kv_heads": heads, "k_head_dim": k, "v_head_dim": v}
+    return {**plain, "window": 0, "rope": None, **more}
+
+
+def rope(theta: float, rotary_dim: int, **more: Json) -> Json:
+    plain = {"theta": theta, "rotary_dim": rotary_dim, "kind": "default", "params": []}
+    return {**plain, "interleaved": False, "first_channel": 0, **more}
+
+
+def spec(model_id: str, dtype: str, layers: list[Json], **more: Json) -> Json:
+    plain = {"model_id": model_id, "dtype": dtype, "layers": layers, "adapter": ""}
+    return {**plain, "weight_quantization": "", "rope_state": "post", "kv_scales": "", **more}
+
+
+# Keys
+
+COMMIT = "0e9e39f249a16976918f6564b8830bc894c89659"
+LLAMA3_RULE = [
+    ["original_max_position_embeddings", 8192],  # not in order, and integers
+    ["low_freq_factor", 1],
+    ["high_freq_factor", 4.0],
+    ["factor", 8.0],
+]
+YARN_RULE = [["factor", 40.0], ["mscale", 0.707], ["original_max_position_embeddings", 4096.0]]
+LONG_RULE = [["long_factor.0", 1.5], ["long_factor.1", 2.5], ["short_factor.10", 1.0]]
+
+SPECS: dict[str, Json] = {
+    "plain": spec("user:plain", "float16", [layer(2, 8, 8, rope=rope(10000.0, 8))] * 2),
+    "llama3": spec(
+        f"hub:org/llama@{COMMIT}",
+        "bfloat16",
+        [layer(8, 128, 128, rope=rope(500000, 128, kind="llama3", params=LLAMA3_RULE))] * 2,
+    ),
+    "sliding": spec(
+        "blake2b:" + "5a" * 32,
+        "bfloat16",
+        [
+            layer(4, 256, 256, kind="sliding", window=1024, rope=rope(10000.0, 256)),
+            layer(4, 256, 256, rope=rope(1e6, 64, kind="linear", params=[["factor", 8]])),
+        ],
+    ),
+    "mla": spec(
+        "user:latent",
+        "bfloat16",
+        [
+            layer(
+                1,
+                576,
+                0,
+                kind="mla",
+                rope=rope(
+                    1e4, 64, kind="yarn", params=YARN_RULE, interleaved=True, first_channel=512
+                ),
+            )
+        ],
+    ),
+    "scaled": spec(
+        "user:scaled",
+        "float8_e4m3fn",
+        [layer(8, 128, 128, rope=rope(1e6, 128))],
+        adapter="style:01ab",
+        weight_quantization="fp8:00112233445566778899aabbccddeeff",
+        kv_scales="per-layer:77",
+    ),
+    "hybrid": spec(
+        "user:hybrid",
+        "float32",
+        [layer(0, 0, 0, kind="recurrent"), layer(3, 5, 7), layer(0, 0, 0, kind="recurrent")],
+        rope_state="none",
+    ),
+    "unrotated": spec(
+        "user:unrotated",
+        "float8_e5m2",
+        [layer(2, 6, 6, rope=rope(1e4, 4, kind="longrope", params=LONG_RULE))],
+        rope_state="pre",
+    ),
+    "names": spec("user:Ünïcödé 漢字 🔑", "float16", [layer(65535, 1, 65535)], adapter="é"),
+}
+
+ENCODED: list[tuple[str, Json]] = [
+    ("none", None),
+    ("bool", True),
+    ("bool", False),
+    ("int", "0"),
+    ("int", "1"),
+    ("int", "-1"),
+    ("int", str(2**63 - 1)),
+    ("int", str(-(2**63))),
+    ("float", "0.0"),
+    ("float", "-0.0"),
+    ("float", "1.0"),
+    ("float", "0.1"),
+    ("float", "-1e300"),
+    ("float", "5e-324"),
+    ("text", ""),
+    ("text", "é漢🔑"),
+    ("bytes", ""),
+    ("bytes", "00ff"),
+    ("list", []),
+    ("list", [["int", "1"], ["list", [["text", "a"], ["none", None]]], ["float", "1.0"]]),
+]
+
+IMAGE = "11" * 32
+AUDIO = "22" * 32
+ROOTS: list[Json] = [
+    {"spec": "plain", "salt": "", "extras": []},
+    {"spec": "llama3", "salt": "", "extras": []},
+    {"spec": "llama3", "salt": b"tenant-a".hex(), "extras": []},
+    {"spec": "llama3", "salt": "tenänt-🔑".encode().hex(), "extras": []},
+    {"spec": "llama3", "salt": "00ff80", "extras": []},
+    {"spec": "mla", "salt": "", "extras": [["image", IMAGE, 3], ["audio", AUDIO, 0]]},
+    # Sorted by code point, not by UTF-16 unit; bytes unsigned, a prefix first; offsets as numbers.
+    {"spec": "plain", "salt": "", "extras": [["\U00010000", "", 0], ["\uffff", "", 0]]},
+    {
+        "spec": "plain",
+        "salt": "",
+        "extras": [
+            ["a", "80", 0],
+            ["a", "7f00", 10],
+            ["a", "7f", 9],
+            ["a", "7f", -1],
+            ["a", "7f", 9],
+            ["", "ff", 0],
+        ],
+    },
+]
+
+EDGE = 2**32 - 1
+TOKENS: dict[str, list[int]] = {
+    "zeros": [0] * 64,
+    "edge": [EDGE] * 64,
+    "count": list(range(1, 131)),
+    "short": list(range(63)),
+    "mixed": [(i * 2654435761) % 2**32 if i % 7 else (0, EDGE)[i % 2] for i in range(192)],
+}
+IMAGE_AT = {"0": [["image", IMAGE, 60]], "1": [["image", IMAGE, -4], ["audio", AUDIO, 0]]}
+BLOCKS: list[Json] = [
+    {"spec": "plain", "tokens": "zeros"},
+    {"spec": "plain", "tokens": "edge"},
+    {"spec": "plain", "tokens": "short"},
+    {"spec": "plain", "tokens": "count"},
+    {"spec": "llama3", "tokens": "count"},
+    {"spec": "llama3", "tokens": "mixed", "salt": b"tenant-a".hex()},
+    {"spec": "sliding", "tokens": "mixed", "extras": [["embeds", AUDIO, 0]]},
+    {"spec": "mla", "tokens": "count", "block_extras": IMAGE_AT},
+    {"spec": "scaled", "tokens": "count", "block_extras": {"1": IMAGE_AT["1"]}},
+    {"spec": "hybrid", "tokens": "mixed"},
+    {"spec": "unrotated", "tokens": "zeros", "salt": "00"},
+    {"spec": "names", "tokens": "zeros"},
+    {"spec": "plain", "tokens": "mixed", "parent": "c0ffee" + "00" * 29},
+    {"spec": "plain", "tokens": "mixed", "parent": "01" * 32, "block_extras": IMAGE_AT},
+]
+METHOD = "snapkv:budget=0.25,window=32"
+SNAPSHOTS: list[Json] = [
+    {"spec": "plain", "tokens": "count", "method": METHOD, "artefacts": []},
+    {"spec": "plain", "tokens": "short", "method": METHOD, "artefacts": ["heads:1", "heads:0"]},
+    {"spec": "mla", "tokens": "edge", "method": "", "artefacts": [], "salt": "ff"},
+    {
+        "spec": "mla",
+        "tokens": "mixed",
+        "method": METHOD,
+        "artefacts": ["é"],
+        "extras": [["image", IMAGE, 100], ["audio", AUDIO, 7]],
+    },
+]
+STORAGES: list[Json] = [
+    {"spec": "plain", "codec": "exact@1"},
+    {"spec": "plain", "codec": "int8@1:group=64"},
+    {"spec": "llama3", "codec": "int4@1:group=32"},
+    {"spec": "llama3", "codec": "exact@1", "fidelity": "int4@1:group=32"},
+    {"spec": "llama3", "codec": "exact@1", "head_range": [0, 4]},
+    {"spec": "llama3", "codec": "exact@1", "head_range": [4, 8], "layers": [1]},
+    {"spec": "hybrid", "codec": "exact@1"},
+    {"spec": "hybrid", "codec": "exact@1", "layers": []},
+    {"spec": "mla", "codec": "x@2:a=1,b=2", "fidelity": "exact", "profile": "calibration-7"},
+]
+MODELS: list[dict[str, str]] = [
+    {"config.json": b"{}".hex(), "model.safetensors": "0001ff"},
+    {"config.json": b"{ }".hex(), "b.bin": "", "Z.pt": "aa", "a.pth": "bb", "10.gguf": "cc"},
+]
+
+
+def make_keys() -> Json:
+    """All of keys.json, computed now."""
+    data: Json = {
+        "encoded": [{"value": value} for value in ENCODED],
+        "specs": [{"name": name, "spec": plain} for name, plain in SPECS.items()],
+        "tokens": [{"name": name, "tokens": tokens} for name, tokens in TOKENS.items()],
+        "roots": ROOTS,
+        "blocks": BLOCKS,
+        "snapshots": SNAPSHOTS,
+        "storages": STORAGES,
+        "models": [{"files": files} for files in MODELS],
+    }
+    side = ByKvlib(data)
+    for part, result in RESULTS.items():
+        data[part] = [{**vector, result: getattr(side, part)(vector)} for vector in data[part]]
+    return data
+
+
+def keys_text(data: Json) -> str:
+    """One vector a line."""
+    parts = []
+    for name, vectors in data.items():
+        lines = ",\n".join(json.dumps(vector, ensure_ascii=True) for vector in vectors)
+        parts.append(f'"{name}": [\n{lines}\n]')
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+# Containers
+
+MAC_KEY = bytes(range(32)).hex()
+_TORCH = {name: getattr(torch, name) for name in DTYPES}
+
+
+def tensor_of(data: str, dtype: str, shape: tuple[int, ...]) -> Tensor:
+    raw = bytes.fromhex(data)
+    if not raw:
+        return torch.empty(shape, dtype=_TORCH[dtype])
+    return torch.frombuffer(bytearray(raw), dtype=_TORCH[dtype]).reshape(shape)
+
+
+def hex_of(x: Tensor) -> str:
+    return x.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes().hex() if x.numel() else ""
+
+
+def block_of(case: Json, *, decoded: bool = False) -> KVBlock:
+    """The block of a case: what goes in, or what decoding gives."""
+    owner = spec_of(case["spec"])
+    layers = []
+    for plain in case["layers"]:
+        want = owner.layers[plain["layer_idx"]]
+        heads, lengths, positions = plain["num_kv_heads"], plain["row_lengths"], plain["positions"]
+        if lengths is not None:
+            lead: tuple[int, ...] = (sum(lengths),)
+        else:
+            lead = (heads, case["num_tokens"] if positions is None else len(positions) // heads)
+        kept = plain["channels"]
+        width = want.k_head_dim if kept is None else len(kept[0])
+        given = plain["decoded"] if decoded and "decoded" in plain else plain
+        weight = plain["log_weight"]
+        layers.append(
+            LayerKV(
+                layer_idx=plain["layer_idx"],
+                keys=tensor_of(given["keys"], owner.dtype, (*lead, width)),
+                values=tensor_of(given["values"], owner.dtype, (*lead, want.v_head_dim)),
+                positions=range(case["start"], case["start"] + case["num_tokens"])
+                if positions is None
+                else torch.tensor(positions, dtype=torch.int32).reshape(lead),
+                row_lengths=None if lengths is None else tuple(lengths),
+                log_weight=None if weight is None else tensor_of(weight, "float32", lead),
+                channels=None if kept is None else torch.tensor(kept, dtype=torch.int64),
+            )
+        )
+    return KVBlock(
+        spec=owner, start=case["start"], num_tokens=case["num_tokens"], layers=tuple(layers)
+    )
+
+
+def encode_case(case: Json) -> bytes:
+    """The container of a case, made now."""
+    heads = None if case["head_range"] is None else tuple(case["head_range"])
+    common: Json = {
+        "keys": [BlockKey(bytes.fromhex(key)) for key in case["keys"]],
+        "fidelity": case["fidelity"],
+        "head_range": heads,
+        "alignment": case["alignment"],
+        "mac_key": mac_key_of(case),
+    }
+    if "sections" in case:
+        return _encode_sections(case, common)
+    with mock.patch.object(pack, "_version", return_value=WRITER):
+        return b"".join(encode_block(block_of(case), build_codec(case["method"]), **common))
+
+
+def _encode_sections(case: Json, common: Json) -> bytes:
+    """A container of what no codec of today writes."""
+    print_ = spec_of(case["spec"]).fingerprint()
+    shapes = [LayerShape(**plain) for plain in case["layers"]]
+    sections = [
+        Section(
+            SectionKind(s["kind"]),
+            s["layer_idx"],
+            s["raw_bytes"],
+            (bytes.fromhex(s["data"]),),
+            SectionFlag(s["flags"]),
+        )
+        for s in case["sections"]
+    ]
+    parts = build_container(
+        sections,
+        spec_fingerprint=print_,
+        storage_fingerprint=storage_digest(
+            print_,
+            case["method"],
+            case["fidelity"],
+            common["head_range"],
+            tuple(shape.layer_idx for shape in shapes),
+            case["profile"],
+        ),
+        start=case["start"],
+        num_tokens=case["num_tokens"],
+        dtype_code=DTYPES[case["spec"]["dtype"]].code,
+        codec=case["method"],
+        layers=shapes,
+        flags=Flag(case["flags"]),
+        profile=case["profile"],
+        writer=case["writer"],
+        **common,
+    )
+    return b"".join(parts)
+
+
+def decode_case(data: bytes, case: Json) -> KVBlock:
+    return decode_block(data, spec_of(case["spec"]), mac_key=mac_key_of(case))
+
+
+def finished(case: Json) -> tuple[bytes, Json]:
+    """A case's container, and the case with what is to be expected of it."""
+    data = encode_case(case)
+    header = parse_header(data, mac_key=mac_key_of(case))
+    out = {**case, "bytes": len(data), "sha256": sha256(data).hexdigest()}
+    packed = case["method"] == "exact" and any(
+        s.kind in (SectionKind.KEYS, SectionKind.VALUES) and not s.flags & SectionFlag.RAW
+        for s in header.sections
+    )
+    out["zstd_version"] = list(zstandard.ZSTD_VERSION) if packed else None
+    out["header"] = plain_header(header)
+    if "sections" not in case and not build_codec(case["method"]).lossless:
+        block = decode_case(data, case)
+        out["layers"] = [
+            {**plain, "decoded": {"keys": hex_of(x.keys), "values": hex_of(x.values)}}
+            for plain, x in zip(case["layers"], block.layers, strict=True)
+        ]
+    return data, out
+
+
+# What goes in
+
+_RNG = random.Random
+
+
+def bits(seed: int, size: int, itemsize: int = 1) -> str:
+    """Any bit pattern: NaN payloads, infinities, subnormals."""
+    return _RNG(seed).randbytes(size * itemsize).hex()
+
+
+def numbers(seed: int, size: int, dtype: str, *, scale: float = 1.0) -> str:
+    """Numbers of both signs and of sizes between `scale` / 2 and 2 * `scale`."""
+    rng = _RNG(seed)
+    x = [rng.choice((-1, 1)) * scale * rng.uniform(0.5, 2) for _ in range(size)]
+    return hex_of(torch.tensor(x, dtype=torch.float64).to(_TORCH[dtype]))
+
+
+def words(fmt: str, *values: int) -> str:
+    return struct.pack(f"<{len(values)}{fmt}", *values).hex()
+
+
+def kv(layer_idx: int, heads: int, keys: str, values: str, **more: Json) -> Json:
+    plain = {"layer_idx": layer_idx, "num_kv_heads": heads, "row_lengths": None}
+    plain |= {"positions": None, "log_weight": None, "channels": None}
+    return {**plain, **more, "keys": keys, "values": values}
+
+
+def case(about: str, method: str, owner: Json, layers: list[Json], **more: Json) -> Json:
+    plain = {"about": about, "method": method, "spec": owner, "start": 0, "num_tokens": 0}
+    plain |= {"keys": [], "fidelity": "exact", "head_range": None, "alignment": 8, "mac_key": None}
+    return {**plain, **more, "layers": layers}
+
+
+def chain(owner: Json, tokens: list[int], salt: str = "") -> list[str]:
+    return [key.hex() for key in block_keys(spec_of(owner).fingerprint(), tokens, salt=salt)]
+
+
+def dense_bits(dtype: str, specials: str) -> Json:
+    """Two layers of three tokens: any bits, and the special values of the type first."""
+    size = DTYPES[dtype].itemsize
+    owner = spec("golden", dtype, [layer(2, 4, 3, rope=rope(1e4, 4)), layer(1, 5, 0)])
+    keys = specials + bits(1, 2 * 3 * 4 * size - len(specials) // 2)
+    return case(
+        f"dense {dtype}: NaN payloads, infinities, subnormals and zeros of both signs",
+        "exact",
+        owner,
+        [kv(0, 2, keys, bits(2, 2 * 3 * 3, size)), kv(1, 1, bits(3, 3 * 5, size), "")],
+        start=7,
+        num_tokens=3,
+    )
+
+
+def compressed() -> Json:
+    owner = spec("golden", "bfloat16", [layer(2, 8, 8, rope=rope(1e4, 8))])
+    size = 2 * 64 * 8
+    layers = [kv(0, 2, numbers(4, size, "bfloat16"), numbers(5, size, "bfloat16", scale=64))]
+    tokens = list(range(64))
+    return case(
+        "one whole block: the upper planes are compressed, the lower ones are not",
+        "exact",
+        owner,
+        layers,
+        num_tokens=64,
+        keys=chain(owner, tokens),
+    )
+
+
+def record() -> Json:
+    owner = spec("golden", "float16", [layer(1, 2, 2), layer(1, 2, 2), layer(1, 2, 1)])
+    layers = [
+        kv(1, 1, numbers(6, 256, "float16"), numbers(7, 256, "float16")),
+        kv(2, 1, numbers(8, 256, "float16"), numbers(9, 128, "float16")),
+    ]
+    tokens = list(range(1000, 1256))
+    return case(
+        "a record of the third and fourth block, layers 1 and 2 of 3, computed from lossy KV",
+        "exact",
+        owner,
+        layers,
+        start=128,
+        num_tokens=128,
+        keys=chain(owner, tokens, "tenant-a")[2:],
+        fidelity="int4@1:group=32",
+    )
+
+
+def integer(method: str, dtype: str, k: int, v: int, **more: Json) -> Json:
+    """Three tokens of two heads: numbers, a constant row, and rows of small span."""
+    owner = spec("golden", dtype, [layer(2, k, v)])
+    step = DTYPES[dtype].itemsize * 2
+    keys = numbers(10, 6 * k, dtype)
+    keys = keys[:step] * k + keys[k * step :]
+    values = numbers(11, 3 * v, dtype, scale=1000) + numbers(12, 3 * v, dtype, scale=1e-4)
+    about = f"{method} of {dtype}, {k} and {v} channels"
+    return case(about, method, owner, [kv(0, 2, keys, values)], num_tokens=3, **more)
+
+
+def integer_edges() -> Json:
+    """Values that a lossy codec hands on unharmed, by storing the tensor raw."""
+    owner = spec("golden", "float32", [layer(1, 16, 16), layer(1, 16, 16)])
+    nan = words("I", 0x7FC00001) + numbers(13, 31, "float32")
+    far = numbers(14, 31, "float32") + hex_of(torch.tensor([65505.0]))
+    zero = words("I", 0x80000000, 0) * 16
+    near = hex_of(torch.tensor([65504.0, -65504.0, 1e-30, -1e-45] * 8))
+    return case(
+        "int8: keys with a NaN and values beyond float16 stay raw; zeros and the largest do not",
+        "int8:group=16",
+        owner,
+        [kv(0, 1, nan, far), kv(1, 1, zero, near)],
+        num_tokens=2,
+    )
+
+
+def ragged() -> Json:
+    owner = spec("golden", "float16", [layer(3, 4, 2), layer(3, 4, 2)])
+    rows = [70, 75, 127, -1, 64]
+    whole = kv(
+        1,
+        3,
+        bits(15, 5 * 3, 2),
+        bits(16, 5 * 2, 2),
+        row_lengths=[4, 0, 1],
+        positions=rows,
+        log_weight=words("f", 0, 1, -2, 3, 0),
+        channels=[[0, 1, 3], [1, 2, 3], [0, 2, 3]],
+    )
+    equal = kv(0, 3, bits(17, 6 * 4, 2), bits(18, 6 * 2, 2), positions=[64, 66, 65, -1, -1, -1])
+    return case(
+        "rows of different length, one of them empty; synthetic entries, weights, kept channels",
+        "exact",
+        owner,
+        [equal, whole],
+        start=64,
+        num_tokens=64,
+        keys=chain(owner, list(range(128)))[1:],
+    )
+
+
+def integer_ragged() -> Json:
+    owner = spec("golden", "float16", [layer(2, 9, 4)])
+    one = kv(
+        0,
+        2,
+        numbers(19, 3 * 7, "float16"),
+        numbers(20, 3 * 4, "float16"),
+        row_lengths=[1, 2],
+        positions=[2**31 - 1, 2**31 - 2, -1],
+        channels=[[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 7, 8]],
+    )
+    return case(
+        "int4 over kept channels, at the last positions there are",
+        "int4:group=5",
+        owner,
+        [one],
+        start=2**31 - 2,
+        num_tokens=2,
+    )
+
+
+def authenticated() -> Json:
+    owner = spec("golden", "float16", [layer(2, 3, 3)])
+    layers = [kv(0, 2, bits(21, 12, 2), bits(22, 12, 2))]
+    return case(
+        "MAC in place of plain checksums",
+        "exact",
+        owner,
+        layers,
+        num_tokens=2,
+        mac_key=bytes(range(32)).hex(),
+    )
+
+
+def aligned() -> Json:
+    owner = spec("golden", "bfloat16", [layer(1, 6, 0, kind="mla")])
+    layers = [kv(0, 1, bits(23, 5 * 6, 2), "")]
+    return case("sections at 4096", "exact", owner, layers, num_tokens=5, alignment=4096)
+
+
+def head_range() -> Json:
+    owner = spec("golden", "float32", [layer(4, 2, 2), layer(2, 2, 2)])
+    layers = [kv(0, 2, bits(24, 4, 4), bits(25, 4, 4)), kv(1, 1, bits(26, 2, 4), bits(27, 2, 4))]
+    return case(
+        "heads [2, 4) of 4, and one of a layer that has 2",
+        "exact",
+        owner,
+        layers,
+        num_tokens=1,
+        head_range=[2, 4],
+    )
+
+
+def empty() -> Json:
+    owner = spec("golden", "float16", [layer(2, 4, 4)])
+    return case("no tokens", "exact", owner, [kv(0, 2, "", "")], start=5)
+
+
+def tags() -> Json:
+    """Every field of a header, and a section of the whole block."""
+    owner = spec("golden", "float16", [layer(4, 2, 2, kind="sliding", window=9)])
+    shape = {"layer_idx": 0, "num_kv_heads": 1, "k_head_dim": 2, "v_head_dim": 2}
+    sections = [
+        {"kind": 7, "layer_idx": 0, "raw_bytes": 1, "flags": 0, "data": "0102030405"},
+        {"kind": 1, "layer_idx": 0, "raw_bytes": 4, "flags": 1, "data": "00010203"},
+        {"kind": 2, "layer_idx": 0, "raw_bytes": 4, "flags": 0, "data": "07"},
+        {"kind": 7, "layer_idx": 0xFFFF, "raw_bytes": 0, "flags": 0, "data": "aa" * 17},
+    ]
+    return case(
+        "header fields and sections that no codec uses yet; decoding is refused",
+        "future@3:x=1",
+        owner,
+        [{**shape, "channels": 0, "kind": 2}],
+        num_tokens=1,
+        start=99,
+        keys=["0f" * 32],
+        fidelity="snapkv:budget=0.25",
+        head_range=[1, 2],
+        alignment=16,
+        flags=8,
+        profile="calibration-é",
+        writer="golden",
+        sections=sections,
+    )
+
+
+FLOAT32 = words("I", 0x7FC00000, 0x7F800001, 0xFFC12345, 0x80000000, 0x00000001, 0xFF800000)
+FLOAT16 = words("H", 0x7E00, 0x7C01, 0xFEAB, 0x8000, 0x0001, 0xFC00)
+BFLOAT16 = words("H", 0x7FC0, 0x7F81, 0xFFAB, 0x8000, 0x0001, 0xFF80)
+FLOAT8_E4M3FN = words("B", 0x7F, 0xFF, 0x80, 0x01, 0x7E, 0x00)
+FLOAT8_E5M2 = words("B", 0x7F, 0xFD, 0x80, 0x01, 0x7C, 0xFC)
+
+CASES = {
+    "exact-float32": lambda: dense_bits("float32", FLOAT32),
+    "exact-float16": lambda: dense_bits("float16", FLOAT16),
+    "exact-bfloat16": lambda: dense_bits("bfloat16", BFLOAT16),
+    "exact-float8_e4m3fn": lambda: dense_bits("float8_e4m3fn", FLOAT8_E4M3FN),
+    "exact-float8_e5m2": lambda: dense_bits("float8_e5m2", FLOAT8_E5M2),
+    "exact-compressed": compressed,
+    "exact-record": record,
+    "exact-ragged": ragged,
+    "exact-mac": authenticated,
+    "exact-aligned": aligned,
+    "exact-head-range": head_range,
+    "exact-empty": empty,
+    "int8-float32": lambda: integer("int8:group=4", "float32", 7, 4),
+    "int8-bfloat16": lambda: integer("int8:group=64", "bfloat16", 16, 12),
+    "int8-edges": integer_edges,
+    "int4-float32-odd": lambda: integer("int4:group=4", "float32", 7, 3),
+    "int4-float16": lambda: integer("int4:group=8", "float16", 17, 8, mac_key="ab" * 16),
+    "int4-bfloat16-odd": lambda: integer("int4:group=32", "bfloat16", 33, 5, alignment=64),
+    "int4-ragged": integer_ragged,
+    "tags": tags,
+}
+
+
+def case_text(case: Json) -> str:
+    """A line for each field; lists of numbers on one line."""
+
+    def lines(value: Json, indent: str) -> str:
+        if isinstance(value, dict) and value:
+            inner = indent + " "
+            items = [f"{inner}{json.dumps(k)}: {lines(v, inner)}" for k, v in value.items()]
+            return "{\n" + ",\n".join(items) + f"\n{indent}}}"
+        if isinstance(value, list) and any(isinstance(x, dict) for x in value):
+            inner = indent + " "
+            items = [inner + lines(x, inner) for x in value]
+            return "[\n" + ",\n".join(items) + f"\n{indent}]"
+        return json.dumps(value)
+
+    return lines(case, "") + "\n"
+
+
+def golden_files() -> dict[Path, bytes]:
+    """Every golden file as it would be written now."""
+    files = {FOLDER / "keys.json": keys_text(make_keys()).encode()}
+    for name, make in CASES.items():
+        data, out = finished(make())
+        files[CONTAINERS / f"{name}.kvlc"] = data
+        files[CONTAINERS / f"{name}.json"] = case_text(out).encode()
+    return files
+
+
+def write_missing(files: dict[Path, bytes]) -> tuple[list[Path], list[Path]]:
+    """Write the files that do not exist; (those written, those that exist and differ)."""
+    written, different = [], []
+    for path, data in files.items():
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+            written.append(path)
+        elif path.read_bytes() != data:
+            different.append(path)
+    return written, different
+
+
+def main() -> int:
+    """Write what is missing and say so."""
+    written, different = write_missing(golden_files())
+    sys.stdout.writelines(f"wrote {path.name}\n" for path in written)
+    sys.stdout.writelines(f"left alone, though it differs: {path.name}\n" for path in different)
+    return 1 if different else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
