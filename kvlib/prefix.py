@@ -200,13 +200,19 @@ class PrefixCache:
         )
 
     def generate(
-        self, input_ids: Tensor, *, attention_mask: Tensor | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        save: bool = True,
+        **kwargs: Any,
     ) -> Any:
         """`model.generate` with the stored prefix restored and new blocks stored afterwards.
 
         Args:
             input_ids: int [1, T].
             attention_mask: [1, T]; all ones (padding would shift what a token's key means).
+            save: store the prompt's new blocks afterwards; False only restores.
             **kwargs: passed on to `model.generate`.
 
         Returns:
@@ -241,7 +247,8 @@ class PrefixCache:
             past_key_values=cache,
             **kwargs,
         )
-        self.save(ids, cache)
+        if save:
+            self.save(ids, cache)
         return output
 
 

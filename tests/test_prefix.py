@@ -317,3 +317,13 @@ def test_progress_reaches_the_end(model):
     assert seen[0] == (128, 300)
     assert seen[-1] == (300, 300)
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+
+
+def test_generate_can_leave_the_store_as_it_is(model):
+    """With save=False nothing is stored, and the output is the same."""
+    store = kvlib.KVStore()
+    prefix = kvlib.PrefixCache(model, store)
+    ids = prompt(200)
+    out = prefix.generate(ids, save=False, max_new_tokens=12, do_sample=False)
+    assert out[0].tolist() == plain(model, ids)
+    assert store.stats().stored_blocks == 0

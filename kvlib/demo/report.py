@@ -57,7 +57,9 @@ def _figure(width: float, height: float, columns: int = 1) -> Any:
     axes = figure.subplots(1, columns, squeeze=False)[0]
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(colors=_TEXT)
+        axis.tick_params(which="both", colors=_TEXT)
+        for side in ("left", "bottom"):
+            axis.spines[side].set_color(_TEXT)
         axis.set_facecolor("none")
     return figure, axes
 
@@ -78,6 +80,7 @@ def _overview(data: dict[str, Any]) -> str:
     bars = left.barh(names, times, color=[_BASE] + [_BAR] * len(rows))
     left.bar_label(bars, [f" {t:.2f} s" for t in times], color=_TEXT)
     left.set_xscale("log")
+    left.xaxis.set_major_formatter("{x:g}")
     left.set_xlim(min(times) / 2, max(times) * 4)
     left.set_title(f"First token after {data['prefill']['tokens']:,} tokens", color=_TEXT)
     left.set_xlabel("seconds, logarithmic", color=_TEXT)
@@ -127,7 +130,7 @@ def _page(data: dict[str, Any], overview: str, kl: str) -> str:
     spread = ", ".join(f"{t:.2f}" for t in first["first_token_s"])
     recomputed = ", ".join(f"{t:.2f}" for t in first["recomputed_first_token_s"])
     kl_part = (
-        f"<h2>What lossy codecs change</h2><p>KL divergence of each next-token distribution from "
+        "<h2>What lossy codecs change</h2><p>KL divergence of each next-token distribution from "
         f"that of the full cache, over {data['continuation_tokens']} tokens of the text that "
         f"follow the prefix. Dashed: the mean.</p><div class=wide>{kl}</div>"
         if kl

@@ -54,14 +54,12 @@ def kv_digests(cache: Any, num_tokens: int) -> list[str]:
 def _generate(model: Any, ids: Tensor, new_tokens: int, prefix: PrefixCache | None) -> Any:
     """Greedy output ids after the prompt, and seconds to the first of them."""
     streamer = _FirstToken()
-    generate = model.generate if prefix is None else prefix.generate
-    output = generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        streamer=streamer,
-    )
+    settings = {"max_new_tokens": new_tokens, "do_sample": False, "streamer": streamer}
+    mask = torch.ones_like(ids)
+    if prefix is None:
+        output = model.generate(ids, attention_mask=mask, **settings)
+    else:  # nothing is saved: every repeat then restores the same tokens
+        output = prefix.generate(ids, attention_mask=mask, save=False, **settings)
     return output[0, ids.shape[1] :].tolist(), streamer.seconds
 
 

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvlib.testing.models import tiny_model
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def run(code: str, folder: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=folder
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_restoring_a_prompt_works_as_written(tmp_path):
+    """The first example computes and stores; run again, it restores and gives the same output."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "model")
+    tiny_model(vocab_size=256).save_pretrained(tmp_path / "model")
+    (code,) = [block for block in BLOCKS if "PrefixCache" in block]
+    code = code.replace("path/or/hub-name", str(tmp_path / "model"))
+    code = code.replace("~/kv", str(tmp_path / "kv")).replace(
+        '"a very long prompt ..."', '"a very long prompt " * 20'
+    )
+    # token_type_ids are the tokenizer's idea, not the model's
+    code = code.replace('return_tensors="pt"', 'return_tensors="pt", return_token_type_ids=False')
+    code += "\nprint(output.tolist(), store.stats().hit_blocks)"
+    first, second = (run(code, tmp_path).split("]] ") for _ in range(2))
+    assert first[0] == second[0]
+    assert (int(first[1]), int(second[1])) == (0, 5)
+
+
+def test_storing_blocks_works_as_written(tmp_path):
+    """The second example finds the ten blocks it stored, with the codec's fidelity."""
+    (code,) = [block for block in BLOCKS if "random_block" in block]
+    assert run(code, tmp_path).startswith("10 int8@1:group=64 ")
+
+
+@pytest.mark.parametrize("target", re.findall(r"^make (\S+)", README, flags=re.MULTILINE))
+def test_make_targets_exist(target):
+    """README's commands are targets of the Makefile."""
+    makefile = (Path(__file__).parent.parent / "Makefile").read_text(encoding="utf-8")
+    assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
