@@ -37,7 +37,7 @@ def test_restoring_a_prompt_works_as_written(tmp_path):
     )
     # token_type_ids are the tokenizer's idea, not the model's
     code = code.replace('return_tensors="pt"', 'return_tensors="pt", return_token_type_ids=False')
-    code += "\nprint(output.tolist(), store.stats().hit_blocks)"
+    code += "    print(output.tolist(), store.stats().hit_blocks)"  # inside the with block
     first, second = (run(code, tmp_path).split("]] ") for _ in range(2))
     assert first[0] == second[0]
     assert (int(first[1]), int(second[1])) == (0, 5)
