@@ -8,10 +8,10 @@ import numpy as np
 import torch
 import zstandard
 from common import finish, interleave, parser, summary
-from kvlib.demo.model import demo_prompt, load_smollm2
 
 from kvlib.blocks import KVBlock
 from kvlib.codecs import build_codec, decode_block, describe_codec, encode_block
+from kvlib.demo.model import demo_prompt, load_smollm2
 from kvlib.model_spec import spec_for_model
 
 METHODS = ("exact", "int8", "int4", "int4:group=64")
