@@ -27,7 +27,7 @@ help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
 
 $(DEV_STAMP):
-	@'$(PYTHON)' -c '$(IS_FIT)' || { echo 'kvlib needs Python 3.11 or newer with its venv module;' \
+	@test -n '$(PYTHON)' && '$(PYTHON)' -c '$(IS_FIT)' || { echo 'kvlib needs Python 3.11 or newer with its venv module;' \
 		'found: $(or $(PYTHON),none). Set PYTHON=/path/to/python.' >&2; exit 1; }
 	test -x .venv/bin/python || '$(PYTHON)' -m venv .venv
 	$(call pip_install,.venv) $(TORCH)

@@ -99,7 +99,7 @@ class Tier(Protocol):
         Args:
             key: which record.
             buf: writable, at least `size(key)` bytes (with `sections`, too: sections land at their
-                offsets).
+                offsets, and the rest of it is undefined).
             sections: indices into the header's section table: read and verify the header and these
                 only. An empty collection reads the header alone, for which a `buf` of the header's
                 size is enough.

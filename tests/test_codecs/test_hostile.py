@@ -375,8 +375,16 @@ def test_known_bad_frames():
     import zstandard
 
     good = zstandard.ZstdCompressor(level=1).compress(bytes(256))
-    data, spec = exact_record(struct.pack("<I", len(good)) + good)
-    assert decode_block(data, spec).layers[0].keys.view(torch.uint8).count_nonzero() == 0
+    # Its header is the magic, a byte that says "one segment, two bytes of size", and the size; the
+    # same blocks stand behind another header when that has a window instead.
+    assert good[4:7] == b"\x60\0\0"
+    windowed = good[:4] + b"\x40\x48" + good[5:]
+    for frame in (good, windowed):
+        data, spec = exact_record(struct.pack("<I", len(frame)) + frame)
+        assert decode_block(data, spec).layers[0].keys.view(torch.uint8).count_nonzero() == 0
+    data, spec = exact_record(struct.pack("<I", len(good)) + good + b"\0")
+    with pytest.raises(CorruptDataError, match="follow the last plane"):
+        decode_block(data, spec)
     unsized = zstandard.ZstdCompressor(write_content_size=False).compress(bytes(256))
     dictionary = zstandard.ZstdCompressionDict(
         random.Random(0).randbytes(512), dict_type=zstandard.DICT_TYPE_RAWCONTENT
@@ -392,9 +400,10 @@ def test_known_bad_frames():
         "no content size": unsized,
         "too few": zstandard.compress(bytes(255)),
         "too many": zstandard.compress(bytes(257)),
-        "8 GiB": b"\x28\xb5\x2f\xfd\xc0\x48" + struct.pack("<Q", 8 << 30) + good[6:],
-        "2 GiB window": b"\x28\xb5\x2f\xfd\x40\xa8" + struct.pack("<H", 0) + good[6:],
-        "dictionary id": b"\x28\xb5\x2f\xfd\x23\x01\0\0\0" + good[5:],
+        "8 GiB": b"\x28\xb5\x2f\xfd\xc0\x48" + struct.pack("<Q", 8 << 30) + good[7:],
+        "2 GiB window": good[:4] + b"\x40\xa8" + good[5:],
+        "16 MiB window": good[:4] + b"\x40\x70" + good[5:],
+        "dictionary id": good[:4] + b"\x63\x01\0\0\0" + good[5:],
         "reserved bit": good[:4] + bytes([good[4] | 8]) + good[5:],
         "raw dictionary": zstandard.ZstdCompressor(dict_data=dictionary).compress(
             dictionary.as_bytes()[:256]
@@ -429,6 +438,26 @@ def test_overlapping_and_gapped_sections():
         change(surgery)
         with pytest.raises(CorruptDataError, match=r"tile|end at"):
             decode_block(surgery.build(), spec)
+
+
+def test_gaps_of_zeros():
+    """Sections must begin at the next multiple of the alignment: not later, and not between."""
+    data, spec = record("exact", "dense")
+    whole = Surgery(data)
+    for gap in (8, 64, 4):
+        for at in range(len(whole.rows)):
+            surgery = Surgery(data)
+            surgery.relayout = False
+            for row in surgery.rows[at:]:
+                row[3] += gap
+            surgery.build()
+            surgery.fill = False
+            surgery.set(total_bytes=surgery.fixed[4] + gap)
+            header = surgery.build()[: surgery.fixed[3]]
+            old = whole.rows[at][3]
+            mutant = header + data[surgery.fixed[3] : old] + bytes(gap) + data[old:]
+            with pytest.raises(CorruptDataError, match=r"tile|end at"):
+                decode_block(mutant, spec)
 
 
 def test_contradicting_headers():
@@ -614,20 +643,20 @@ def test_claims_cost_no_memory():
     for size in (8 << 30, 1 << 40, 2**63, 2**64 - 3):
         add(f"declares {size}", framed(magic + b"\xc0\x48" + struct.pack("<Q", size)), corrupt)
     add("honest bomb in a small layer", framed(bomb), corrupt)
-    add("window 2 GiB", framed(magic + b"\x40\xa8" + struct.pack("<H", 0) + good[6:]), corrupt)
-    add("window 1 EiB", framed(magic + b"\x40\xff" + struct.pack("<H", 0) + good[6:]), corrupt)
+    add("window 2 GiB", framed(magic + b"\x40\xa8" + good[5:]), corrupt)
+    add("window 3.75 TiB", framed(magic + b"\x40\xff" + good[5:]), corrupt)
     skippable = struct.pack("<II", 0x184D2A50, 2**32 - 1)
     add("skippable 4 GiB", framed(skippable + good), corrupt)
     add("second frame", framed(good + bomb), corrupt)
     # Claims that are consistent with themselves and below the limit of 4 GiB.
     tokens = 1 << 29
-    small_window = magic + b"\x80\x48" + struct.pack("<I", (tokens * 4) & 0xFFFFFFFF) + good[6:]
+    small_window = magic + b"\x80\x48" + struct.pack("<I", (tokens * 4) & 0xFFFFFFFF) + good[7:]
     add("2 GiB of keys", framed(small_window, num_tokens=tokens), "CapacityError")
     half = 40 << 20  # 160 MiB of keys fit, the plane beside them does not
-    frame = magic + b"\x80\x48" + struct.pack("<I", half * 4) + good[6:]
+    frame = magic + b"\x80\x48" + struct.pack("<I", half * 4) + good[7:]
     add("160 MiB twice", framed(frame, num_tokens=half), "CapacityError")
     for tokens in (1 << 30, 2**31, 2**32 - 1):
-        frame = magic + b"\xc0\x48" + struct.pack("<Q", tokens * 4) + good[6:]
+        frame = magic + b"\xc0\x48" + struct.pack("<Q", tokens * 4) + good[7:]
         add(f"{tokens} tokens", framed(frame, num_tokens=tokens), corrupt, "CapacityError")
     for raw in (2**63, 2**64 - 1, (4 << 30) + 1, 4 << 30):
         surgery = Surgery(framed(good))

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every tier must do: subclass `TierContract`, give `make_tier`, and pytest runs the rest."""
+
+import os
+import random
+import time
+from abc import abstractmethod
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from kvlib.codecs.container import parse_header
+from kvlib.errors import StoreClosedError
+from kvlib.keys import StoreKey
+from kvlib.store.tier import Tier
+from kvlib.testing.records import make_record
+
+__all__ = ["TierContract", "read"]
+
+MIB = 1 << 20
+
+
+def read(tier: Tier, key: StoreKey) -> bytes | None:
+    """The bytes of a record, or None."""
+    size = tier.size(key)
+    if size is None:
+        return None
+    buffer = bytearray(size)
+    got = tier.get_into(key, buffer)
+    return None if got is None else bytes(buffer[:got])
+
+
+class TierContract:
+    """The contract suite. `make_tier` is a fixture that opens an empty tier of a given capacity."""
+
+    persistent: bool
+    """What the tier says of itself."""
+
+    @pytest.fixture
+    @abstractmethod
+    def make_tier(self) -> Callable[[int], Tier]:
+        """A function from a capacity in bytes to a tier; for persistent ones, always the same."""
+
+    def test_a_miss_is_none(self, make_tier: Callable[[int], Tier]) -> None:
+        """What is not there is None or False, never an error."""
+        key, _ = make_record(0)
+        with make_tier(MIB) as tier:
+            assert tier.get_into(key, bytearray(4096)) is None
+            assert tier.size(key) is None
+            assert tier.contains_many([key]) == [False]
+            assert tier.delete(key) is False
+            tier.touch([key])
+            assert list(tier.keys()) == []
+            assert tier.stats().misses == 1
+
+    def test_records_come_back(self, make_tier: Callable[[int], Tier]) -> None:
+        """Whatever the pieces and buffer types, the bytes come back; pieces are not kept."""
+        with make_tier(MIB) as tier:
+            for seed, size in enumerate((0, 1, 100, 5000, 70000)):
+                key, parts = make_record(seed, size=size)
+                want = b"".join(parts)
+                first = bytearray(want[:5])
+                assert tier.put(key, [first, memoryview(want)[5:9], want[9:]])
+                first[:] = b"xxxxx"
+                assert read(tier, key) == want
+                assert tier.size(key) == len(want)
+            assert tier.stats().records == 5
+            assert tier.check().ok
+
+    def test_single_pieces_of_many(self, make_tier: Callable[[int], Tier]) -> None:
+        """A record in thousands of pieces is one record."""
+        key, parts = make_record(1, size=20000)
+        want = b"".join(parts)
+        with make_tier(MIB) as tier:
+            assert tier.put(key, [want[i : i + 7] for i in range(0, len(want), 7)])
+            assert read(tier, key) == want
+
+    def test_sections_are_read_alone(self, make_tier: Callable[[int], Tier]) -> None:
+        """With `sections`, the header and these arrive at their offsets."""
+        key, parts = make_record(2, size=40000)
+        want = b"".join(parts)
+        header = parse_header(want)
+        with make_tier(MIB) as tier:
+            tier.put(key, parts)
+            front = bytearray(header.header_bytes)
+            assert tier.get_into(key, front, sections=()) == len(want)
+            assert front == want[: header.header_bytes]
+            buffer = bytearray(b"\xa5" * len(want))
+            assert tier.get_into(key, buffer, sections=[2]) == len(want)
+            info = header.sections[2]
+            end = info.offset + info.stored_bytes
+            assert buffer[info.offset : end] == want[info.offset : end]
+
+    def test_what_is_returned_is_a_copy(self, make_tier: Callable[[int], Tier]) -> None:
+        """Writing into a buffer after a read changes nothing in the tier."""
+        key, parts = make_record(3)
+        want = b"".join(parts)
+        with make_tier(MIB) as tier:
+            tier.put(key, parts)
+            buffer = bytearray(len(want))
+            tier.get_into(key, buffer)
+            buffer[:] = bytes(len(want))
+            assert read(tier, key) == want
+
+    def test_a_buffer_too_small_is_a_miss(self, make_tier: Callable[[int], Tier]) -> None:
+        """A record that does not fit the buffer is not read in part."""
+        key, parts = make_record(4)
+        with make_tier(MIB) as tier:
+            tier.put(key, parts)
+            assert tier.get_into(key, bytearray(100)) is None
+            assert read(tier, key) == b"".join(parts)
+
+    def test_the_first_record_stays(self, make_tier: Callable[[int], Tier]) -> None:
+        """A second put of a key writes nothing and says that the key is held."""
+        key, parts = make_record(5)
+        with make_tier(MIB) as tier:
+            assert tier.put(key, parts)
+            assert tier.put(key, [b"something else"])
+            assert read(tier, key) == b"".join(parts)
+            assert (tier.stats().puts, tier.stats().duplicates) == (1, 1)
+
+    def test_the_record_used_longest_ago_goes_first(self, make_tier: Callable[[int], Tier]) -> None:
+        """Reads and touches count as use; the last of a touch is used last."""
+        records = [make_record(seed, size=3000) for seed in range(4)]
+        with make_tier(3 * 4096) as tier:
+            for key, parts in records[:3]:
+                tier.put(key, parts)
+            tier.touch([records[2][0], records[0][0]])
+            assert read(tier, records[1][0]) is not None
+            assert list(tier.keys()) == [records[i][0] for i in (2, 0, 1)]
+            tier.put(*records[3])
+            held = tier.contains_many([key for key, _ in records])
+            assert held == [True, True, False, True]
+            assert tier.stats().evicted == 1
+
+    def test_capacity_is_never_exceeded(self, make_tier: Callable[[int], Tier]) -> None:
+        """After every step the bytes held are within the capacity and add up."""
+        choose = random.Random(1)
+        with make_tier(40000) as tier:
+            for _ in range(300):
+                seed = choose.randrange(40)
+                key, parts = make_record(seed, size=300 * seed)
+                if choose.random() < 0.2:
+                    tier.delete(key)
+                elif choose.random() < 0.5:
+                    tier.put(key, parts)
+                else:
+                    assert read(tier, key) in (None, b"".join(parts))
+                stats = tier.stats()
+                assert stats.used_bytes <= 40000
+                assert stats.records == len(list(tier.keys()))
+            assert tier.stats().evicted > 0
+            assert tier.check().ok
+
+    def test_what_can_never_fit_is_rejected(self, make_tier: Callable[[int], Tier]) -> None:
+        """A record larger than the capacity is dropped, counted, and evicts nothing."""
+        small, large = make_record(1), make_record(2, size=20000)
+        with make_tier(8192) as tier:
+            tier.put(*small)
+            assert tier.put(*large) is False
+            assert tier.stats().rejected == 1
+            assert read(tier, small[0]) is not None
+
+    def test_a_deadline_that_passed_is_a_miss(self, make_tier: Callable[[int], Tier]) -> None:
+        """Nothing is returned after the deadline; before it, everything is."""
+        key, parts = make_record(6)
+        buffer = bytearray(sum(memoryview(p).nbytes for p in parts))
+        with make_tier(MIB) as tier:
+            tier.put(key, parts)
+            assert tier.get_into(key, buffer, deadline=time.monotonic() - 1) is None
+            assert tier.stats().timeouts == 1
+            assert tier.get_into(key, buffer, deadline=time.monotonic() + 60) == len(buffer)
+
+    def test_deleted_is_gone(self, make_tier: Callable[[int], Tier]) -> None:
+        """After a delete the key is a miss and its bytes are free again."""
+        key, parts = make_record(7)
+        with make_tier(MIB) as tier:
+            tier.put(key, parts)
+            assert tier.delete(key) is True
+            assert read(tier, key) is None
+            assert (tier.stats().records, tier.stats().used_bytes) == (0, 0)
+            assert tier.put(key, parts)
+            assert read(tier, key) == b"".join(parts)
+
+    def test_threads_see_whole_records(self, make_tier: Callable[[int], Tier]) -> None:
+        """Eight threads on few keys: every read is a miss or the exact bytes; then all adds up."""
+        records = [make_record(seed, size=2000 + 500 * seed) for seed in range(8)]
+        with make_tier(5 * 4096) as tier:
+
+            def work(seed: int) -> int:
+                choose = random.Random(seed)
+                hits = 0
+                for _ in range(60):
+                    key, parts = choose.choice(records)
+                    action = choose.randrange(4)
+                    if action == 0:
+                        tier.put(key, parts)
+                    elif action == 1:
+                        tier.delete(key)
+                    else:
+                        got = read(tier, key)
+                        assert got in (None, b"".join(parts))
+                        hits += got is not None
+                return hits
+
+            with ThreadPoolExecutor(8) as pool:
+                assert sum(pool.map(work, range(8))) > 0
+            assert tier.check().ok
+            assert tier.stats().used_bytes <= 5 * 4096
+            assert tier.stats().corrupt == 0
+
+    def test_closed_tiers_refuse(self, make_tier: Callable[[int], Tier]) -> None:
+        """After close every call raises; closing again does not."""
+        key, parts = make_record(8)
+        tier = make_tier(MIB)
+        tier.put(key, parts)
+        tier.close()
+        tier.close()
+        for call in (
+            lambda: tier.get_into(key, bytearray(4096)),
+            lambda: tier.put(key, parts),
+            lambda: tier.contains_many([key]),
+            lambda: tier.size(key),
+            lambda: tier.touch([key]),
+            lambda: tier.delete(key),
+            tier.keys,
+            tier.stats,
+            tier.check,
+        ):
+            with pytest.raises(StoreClosedError):
+                call()
+
+    def test_forked_children_are_refused(self, make_tier: Callable[[int], Tier]) -> None:
+        """A tier opened before a fork raises in the child and goes on in the parent."""
+        key, parts = make_record(9)
+        with make_tier(MIB) as tier:
+            tier.put(key, parts)
+            reader, writer = os.pipe()
+            pid = os.fork()
+            if pid == 0:
+                verdict = b"0"
+                try:
+                    tier.get_into(key, bytearray(4096))
+                except StoreClosedError:
+                    verdict = b"1"
+                tier.close()  # must not disturb the parent's
+                os.write(writer, verdict)
+                os._exit(0)
+            os.waitpid(pid, 0)
+            assert os.read(reader, 1) == b"1"
+            os.close(reader)
+            os.close(writer)
+            assert read(tier, key) == b"".join(parts)
+
+    def test_it_says_whether_it_persists(self, make_tier: Callable[[int], Tier]) -> None:
+        """A persistent tier opened again has its records in order of use; others start empty."""
+        records = [make_record(seed) for seed in range(5)]
+        with make_tier(MIB) as tier:
+            assert tier.persistent == self.persistent
+            for key, parts in records:
+                tier.put(key, parts)
+            tier.touch([records[1][0]])
+        with make_tier(MIB) as tier:
+            order = [records[i][0] for i in (0, 2, 3, 4, 1)] if self.persistent else []
+            assert list(tier.keys()) == order
+            for key, parts in records:
+                assert read(tier, key) == (b"".join(parts) if self.persistent else None)
