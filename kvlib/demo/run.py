@@ -57,7 +57,7 @@ def run_demo(
     num_tokens: int = 4096,
     codecs: Sequence[str] = ("exact", "int8", "int4"),
     new_tokens: int = 32,
-    repeats: int = 3,
+    repeats: int = 7,
     threads: int | None = None,
     keep: bool = False,
     console: Console | None = None,
