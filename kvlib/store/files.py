@@ -18,43 +18,27 @@ capacity by what they write within that time.
 import contextlib
 import errno
 import os
-import re
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, Self
 
 from kvlib.codecs.container import Buffer, header_size
 from kvlib.errors import CodecError, CorruptDataError, IncompatibleDataError, StoreClosedError
-from kvlib.keys import DIGEST_BYTES, BlockKey, StoreKey
+from kvlib.keys import StoreKey
 from kvlib.store.fileio import CREATE, READ, TooLateError, read_at, scandir, write_all
-from kvlib.store.folder import OwnFolder, open_folder
+from kvlib.store.folder import PAGE, RECORD_NAME, Entry, OwnFolder, open_folder, record_key
 from kvlib.store.sizes import parse_bytes
 from kvlib.store.tier import CheckReport, TierStats, verify_part, verify_record
 
 __all__ = ["FileStore"]
 
-_PAGE = 4096
 _RESCAN_S = 5.0
 _STAMP_S = 30.0
-_NAME = re.compile(r"([0-9a-f]{128})\.kvlc")
 _NO_ROOM = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
-
-
-@dataclass(slots=True)
-class _Entry:
-    """A record in the index: its size, and when the file's time was last set to tell its use."""
-
-    size: int
-    stamped: float
-    used: bool = False
-
-    @property
-    def physical(self) -> int:
-        return -(-self.size // _PAGE) * _PAGE
 
 
 class FileStore:
@@ -85,7 +69,7 @@ class FileStore:
         self._mac_key = mac_key
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._index: OrderedDict[StoreKey, _Entry] = OrderedDict()
+        self._index: OrderedDict[StoreKey, Entry] = OrderedDict()
         self._stats = TierStats(capacity_bytes=self._capacity)
         self._reserved = 0
         self._last_stamp = 0
@@ -121,13 +105,29 @@ class FileStore:
 
     def _add(self, key: StoreKey, size: int, *, last: bool = True) -> None:
         """Put a record into the index; the lock is held."""
-        entry = _Entry(size, time.monotonic())
+        entry = Entry(size, time.monotonic())
         old = self._index.get(key)
         self._index[key] = entry
         self._index.move_to_end(key, last=last)
         self._count(
             records=0 if old else 1, used_bytes=entry.physical - (old.physical if old else 0)
         )
+
+    def _admit(self, key: StoreKey, size: int, *, last: bool = True) -> None:
+        """Put a record into the index if its file is there; the lock is held.
+
+        With `_forget_gone` after every unlink, the index never keeps a record that another thread
+        deleted meanwhile: what enters before the unlink is forgotten after it, what would enter
+        after it finds no file.
+        """
+        if self._path(key).exists():
+            self._add(key, size, last=last)
+
+    def _forget_gone(self, key: StoreKey) -> None:
+        """Take a record out of the index unless its file is there."""
+        with self._lock:
+            if not self._path(key).exists():
+                self._forget(key)
 
     def _forget(self, key: StoreKey) -> bool:
         """Take a record out of the index; the lock is held."""
@@ -150,20 +150,21 @@ class FileStore:
         for folder in scandir(self._root):
             if len(folder.name) == 2 and folder.is_dir(follow_symlinks=False):
                 for file in scandir(folder.path):
-                    match = _NAME.fullmatch(file.name)
+                    match = RECORD_NAME.fullmatch(file.name)
                     try:
                         if match and file.is_file(follow_symlinks=False):
                             stat = file.stat(follow_symlinks=False)
-                            found.append((stat.st_mtime_ns, _key(match[1]), stat.st_size))
+                            found.append((stat.st_mtime_ns, record_key(match[1]), stat.st_size))
                     except OSError:
                         continue
         found.sort(reverse=True)
         with self._lock:
             for _, key, size in found:
                 if key not in self._index:
-                    self._add(key, size, last=False)
+                    self._admit(key, size, last=False)
             for key in before - {key for _, key, _ in found}:
-                self._forget(key)
+                if not self._path(key).exists():
+                    self._forget(key)
             self._scanned = time.monotonic()
 
     # -- room
@@ -212,6 +213,7 @@ class FileStore:
                 self._path(key).unlink(missing_ok=True)
             except OSError:
                 self._counted(errors=1)
+            self._forget_gone(key)
 
     # -- reading
 
@@ -238,9 +240,8 @@ class FileStore:
             finally:
                 os.close(fd)
         except FileNotFoundError:
-            with self._lock:
-                self._forget(key)
-                self._count(misses=1)
+            self._forget_gone(key)
+            self._counted(misses=1)
             return None
         except TooLateError:
             self._counted(timeouts=1, misses=1)
@@ -258,7 +259,7 @@ class FileStore:
         with self._lock:
             self._count(hits=1, read_bytes=got)
             if key not in self._index:
-                self._add(key, status.st_size)
+                self._admit(key, status.st_size)
         self.touch([key])
         return status.st_size
 
@@ -280,7 +281,7 @@ class FileStore:
         sections: Collection[int],
         deadline: float | None,
     ) -> int | None:
-        first = min(size, _PAGE, out.nbytes)
+        first = min(size, PAGE, out.nbytes)
         read_at(fd, out[:first], 0, deadline)
         front = header_size(out[:first])
         if front > out.nbytes:
@@ -314,8 +315,7 @@ class FileStore:
                 path.unlink(missing_ok=True)
         except OSError:
             pass  # gone already, or it stays and is found damaged again
-        with self._lock:
-            self._forget(key)
+        self._forget_gone(key)
 
     # -- writing
 
@@ -328,7 +328,7 @@ class FileStore:
             return True
         views = [memoryview(part).cast("B") for part in parts if memoryview(part).nbytes]
         size = sum(view.nbytes for view in views)
-        physical = -(-size // _PAGE) * _PAGE
+        physical = -(-size // PAGE) * PAGE
         victims = self._make_room(physical)
         if victims is None:
             self._counted(rejected=1)
@@ -343,7 +343,7 @@ class FileStore:
             with self._lock:
                 self._reserved -= physical
                 if not failed:
-                    self._add(key, size)
+                    self._admit(key, size)
                     self._count(puts=1, written_bytes=size)
         if failed:
             self._counted(rejected=1, errors=0 if failed in _NO_ROOM else 1)
@@ -389,7 +389,7 @@ class FileStore:
             return None
         with self._lock:
             if key not in self._index:
-                self._add(key, size)
+                self._admit(key, size)
         return size
 
     def size(self, key: StoreKey) -> int | None:
@@ -490,8 +490,3 @@ class FileStore:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-def _key(name: str) -> StoreKey:
-    data = bytes.fromhex(name)
-    return StoreKey(BlockKey(data[:DIGEST_BYTES]), data[DIGEST_BYTES:])

@@ -8,23 +8,48 @@ living owner is locked.
 """
 
 import os
+import re
 import shutil
 import stat
 import time
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
 
 from kvlib.errors import ConfigError, IncompatibleDataError
+from kvlib.keys import DIGEST_BYTES, BlockKey, StoreKey
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["FORMAT", "OwnFolder", "open_folder"]
+__all__ = ["FORMAT", "PAGE", "RECORD_NAME", "Entry", "OwnFolder", "open_folder", "record_key"]
 
 FORMAT = "kvlib filestore 1\n"
+PAGE = 4096
+RECORD_NAME = re.compile(r"([0-9a-f]{128})\.kvlc")
 _ORPHAN_AGE_S = 3600.0
+
+
+@dataclass(slots=True)
+class Entry:
+    """A record in the index: its size, and when the file's time was last set to tell its use."""
+
+    size: int
+    stamped: float
+    used: bool = False
+
+    @property
+    def physical(self) -> int:
+        """Bytes on disk, in whole pages."""
+        return -(-self.size // PAGE) * PAGE
+
+
+def record_key(name: str) -> StoreKey:
+    """The key that 128 hexadecimal digits stand for."""
+    data = bytes.fromhex(name)
+    return StoreKey(BlockKey(data[:DIGEST_BYTES]), data[DIGEST_BYTES:])
 
 
 def open_folder(path: Path) -> None:

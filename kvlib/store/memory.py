@@ -23,7 +23,7 @@ class MemoryTier:
 
     Args:
         capacity: hard limit of the bytes held.
-        mac_key: used by `check` only; reads are copies of what was put.
+        mac_key: the key of the records put; reads are copies of them.
     """
 
     name: ClassVar[str] = "memory"

@@ -91,7 +91,7 @@ class KVStore:
         self._tiers: list[Tier] = []
         memory_bytes = parse_bytes(memory, "memory")
         if memory_bytes:
-            self._tiers.append(MemoryTier(memory_bytes))
+            self._tiers.append(MemoryTier(memory_bytes, mac_key=mac_key))
         if path is not None:
             self._tiers.append(
                 FileStore(Path(path), capacity=parse_bytes(disk, "disk"), mac_key=mac_key)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Protocol, Self, runtime_checkable
 
 from kvlib.codecs.container import Buffer, Container, Header, parse_header
-from kvlib.errors import IncompatibleDataError
+from kvlib.errors import CorruptDataError
 from kvlib.keys import StoreKey
 
 __all__ = ["CheckReport", "Tier", "TierStats", "check_key", "verify_part", "verify_record"]
@@ -163,8 +163,8 @@ def verify_record(key: StoreKey, data: memoryview, *, mac_key: bytes | None = No
     """Check that `data` is one whole container stored under `key`, every byte accounted for.
 
     Raises:
-        CorruptDataError: truncated, flipped or malformed.
-        IncompatibleDataError: another key, version or MAC key.
+        CorruptDataError: truncated, flipped, malformed, or under another key.
+        IncompatibleDataError: another version or MAC key.
     """
     container = Container(data, mac_key=mac_key)
     check_key(key, container.header)
@@ -187,11 +187,11 @@ def check_key(key: StoreKey, header: Header) -> None:
     """Compare a header's echoed key with the one asked for.
 
     Raises:
-        IncompatibleDataError: it is another record.
+        CorruptDataError: it is another record: the name it lies under is wrong.
     """
     if not header.keys or (header.keys[0], header.storage_fingerprint) != key:
         first = header.keys[0].hex()[:16] if header.keys else "no key"
-        raise IncompatibleDataError(
+        raise CorruptDataError(
             f"the record holds {first}.../{header.storage_fingerprint.hex()[:16]}..., asked for "
             f"{key.block.hex()[:16]}.../{key.storage.hex()[:16]}..."
         )

@@ -140,6 +140,15 @@ def test_mac_key_is_required_and_checked(tmp_path):
                 store.check(repair=True)
 
 
+def test_authenticated_records_pass_through_memory(tmp_path):
+    """With a MAC key, records are found in the memory tier and on disk alike."""
+    with KVStore(tmp_path, mac_key=b"k" * 32) as store:
+        put(store, list(range(256)))
+        assert load(store, list(range(256))).num_blocks == 4
+        assert load(store, list(range(192)) + [0] * 64).num_blocks == 3
+        assert all(report.ok for report in store.check().values())
+
+
 def test_eviction_takes_the_end_of_a_prompt_first(tmp_path):
     """With room for part of a prompt, its beginning stays; a newer prompt is kept over it."""
     capacity = 400 * 1024  # a record of four blocks takes 60 to 68 KiB
