@@ -376,3 +376,25 @@ class FileStoreMachine(RuleBasedStateMachine):
 
 TestFileStoreMachine = FileStoreMachine.TestCase
 TestFileStoreMachine.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+
+
+def test_a_record_that_replaced_a_damaged_one_is_not_dropped(tmp_path, monkeypatch):
+    """Dropping what was found damaged leaves the good file that took its place meanwhile."""
+    key, parts = make_record(1)
+    good = b"".join(parts)
+    with FileStore(tmp_path) as store:
+        store.put(key, parts)
+        path = the_file(tmp_path)
+        inner = files.verify_record
+
+        def replaced(*args, **kwargs):
+            (tmp_path / "new").write_bytes(good)
+            os.replace(tmp_path / "new", path)
+            return inner(*args, **kwargs)
+
+        path.write_bytes(good[:-1] + b"x")
+        monkeypatch.setattr(files, "verify_record", replaced)
+        assert read(store, key) is None
+        monkeypatch.setattr(files, "verify_record", inner)
+        assert read(store, key) == good
+        assert store.check().ok
