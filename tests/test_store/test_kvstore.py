@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -195,10 +196,12 @@ def test_64_concurrent_loads_make_one_read(tmp_path):
         with ThreadPoolExecutor(64) as pool:
             waiting = [pool.submit(load, store, tokens) for _ in range(64)]
             assert started.wait(20)
-            while store._pool._work_queue.qsize() or len(store._flight._flights) != 1:
-                pass
-            while sum(t.name.startswith("kvlib-store") for t in threading.enumerate()) < 64:
-                pass
+            limit = time.monotonic() + 20
+            while (
+                sum(t.name.startswith("kvlib-store") for t in threading.enumerate()) < 64
+                or store._pool._work_queue.qsize()
+            ):
+                assert time.monotonic() < limit, "the loads never came together"
             release.set()
             assert [w.result(timeout=20).num_blocks for w in waiting] == [4] * 64
         # Whoever came during the read shared it; a latecomer may read again.
