@@ -55,6 +55,8 @@ def encode_block(
 ) -> list[Buffer]:
     """Encode a block as a container, returned in pieces (`b"".join(...)` makes one bytes object).
 
+    Pieces may share memory with the block: write or join them before its tensors change.
+
     Args:
         block: any form of layers, on any device.
         codec: from `kvlib.codecs.build`.
