@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from kvlib.blocks import KVBlock, LayerKV
     from kvlib.budget import Budget
+    from kvlib.cache import KVCache
     from kvlib.errors import KVLibError
     from kvlib.keys import BlockKey, Extra, StoreKey, block_keys
     from kvlib.plans import apply_plan
@@ -23,6 +24,7 @@ _HOME = {
     "Budget": "kvlib.budget",
     "Extra": "kvlib.keys",
     "KVBlock": "kvlib.blocks",
+    "KVCache": "kvlib.cache",
     "KVLibError": "kvlib.errors",
     "KVSpec": "kvlib.spec",
     "KVStore": "kvlib.store.store",
@@ -41,6 +43,7 @@ __all__ = [
     "Budget",
     "Extra",
     "KVBlock",
+    "KVCache",
     "KVLibError",
     "KVSpec",
     "KVStore",

@@ -213,11 +213,32 @@ class LayerKV:
             raise ShapeError(
                 f"layer {self.layer_idx}: {len(rows)} index rows for {self.num_kv_heads} KV heads"
             )
+        num = len(rows[0])
+        if self.is_dense and all(len(row) == num for row in rows):
+            return self._select_dense(torch.stack(list(rows)).to(self.keys.device))
         picked = []
         for row, index in zip(self.rows(), rows, strict=True):
             weight = None if row.log_weight is None else row.log_weight[index]
             picked.append(Row(row.keys[index], row.values[index], row.positions[index], weight))
         return LayerKV.from_rows(self.layer_idx, picked, channels=self.channels)
+
+    def _select_dense(self, index: Tensor) -> "LayerKV":
+        """Dense rows from dense rows: int64 [Hkv, n]; every entry is copied once."""
+
+        def picked(x: Tensor) -> Tensor:
+            out = x.new_empty(*index.shape, x.shape[-1])
+            for head in range(len(index)):
+                torch.index_select(x[head], 0, index[head], out=out[head])
+            return out
+
+        weight = self.log_weight
+        return replace(
+            self,
+            keys=picked(self.keys),
+            values=picked(self.values),
+            positions=self.positions_tensor().gather(1, index),
+            log_weight=None if weight is None else weight.gather(1, index),
+        )
 
     def slice(self, start: int, stop: int) -> "LayerKV":
         """The entries with position in [start, stop).

@@ -20,7 +20,7 @@ from kvlib.spec import DTYPES, KVSpec, LayerKind, LayerSpec, RopeSpec, RopeState
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["CACHE_FOLDER", "files_identity", "model_identity", "spec_for_model"]
+__all__ = ["CACHE_FOLDER", "files_identity", "layer_specs", "model_identity", "spec_for_model"]
 
 CACHE_FOLDER = Path("~/.cache/kvlib")
 """Where kvlib keeps what it can make again: hashes of weight files, converted demo models."""
@@ -54,7 +54,7 @@ def spec_for_model(
     dtype = str(model.dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise ConfigError(f"the model computes in {dtype}; kvlib stores {', '.join(DTYPES)}")
-    layers = _layers(config)
+    layers = layer_specs(config)
     has_rope = any(layer.rope is not None for layer in layers)
     return KVSpec(
         model_id=model_id_text(model_id) if model_id else model_identity(model),
@@ -174,7 +174,8 @@ def _quantization(config: Any) -> str:
     return f"{settings.get('quant_method', 'unknown')}:{content}"
 
 
-def _layers(config: Any) -> tuple[LayerSpec, ...]:
+def layer_specs(config: Any) -> tuple[LayerSpec, ...]:
+    """What each layer of a decoder with this (text) config caches."""
     # transformers itself decides here which layers keep what; asking it avoids a second copy of its
     # rules.
     from transformers import DynamicCache

@@ -233,11 +233,20 @@ def test_modules_stay_short(path):
 FLOORS = (
     {"blocks", "budget", "errors", "keys", "plans", "registry", "spec"},
     {"attention", "codecs", "eviction", "kernels", "store"},
-    {"cache", "model_spec", "prefix", "tiered"},
+    {
+        "cache",
+        "cache_columns",
+        "cache_layers",
+        "cache_signals",
+        "model_hooks",
+        "model_spec",
+        "prefix",
+        "tiered",
+    },
     {"cli", "connectors", "demo", "evals", "kvlib", "testing"},
 )
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
-DECISIONS = {"attention", "cache", "eviction"}
+DECISIONS = {"attention", "cache", "cache_columns", "cache_layers", "cache_signals", "eviction"}
 BYTES = {"codecs", "connectors", "store"}
 
 

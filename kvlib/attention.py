@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention over `LayerKV`, and the statistics that eviction policies ask for.
+
+Everything here is for one sequence and one layer: `query` is [Hq, T, D] and the layer's rows end in
+the T entries of the queries' own tokens. Old entries are visible to every query, new entry j to
+query i >= j (eviction.md 0.1), so the mask belongs to the layer and not to the model. Query head h
+reads KV head h // G, G = Hq / Hkv.
+
+No T x S matrix is ever held: queries are taken in blocks of at most `BLOCK_ELEMENTS` probabilities.
+Statistics are computed from a softmax over each block's whole rows, in float32. That needs no
+log-sum-exp from the attention kernel (which PyTorch does not return portably), costs one more
+Q K^T, and holds for soft-capped logits and sink logits as well.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvlib.blocks import SYNTHETIC, LayerKV
+from kvlib.errors import ShapeError
+
+__all__ = ["BLOCK_ELEMENTS", "Attended", "Logits", "attend", "column_sums"]
+
+BLOCK_ELEMENTS = 1 << 18
+"""Probabilities computed at a time: 1 MiB of float32, which stays in a core's cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Logits:
+    """How a layer makes logits out of q . k.
+
+    Attributes:
+        scale: factor of q . k; None means 1 / sqrt(k_head_dim), pruned channels included.
+        softcap: c: logits become c * tanh(logits / c) before masks and weights (Gemma-2).
+        sinks: [Hq] logits of an extra column without a value, which takes its share of the softmax
+            (GPT-OSS).
+        window: a query at position p sees positions > p - window only; None sees all.
+    """
+
+    scale: float | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    window: int | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether `scaled_dot_product_attention` can compute it."""
+        return self.softcap is None and self.sinks is None
+
+
+PLAIN = Logits()
+
+
+class Attended(NamedTuple):
+    """Output [Hq, T, Dv] in the queries' dtype, and column sums if they were asked for."""
+
+    output: Tensor
+    column_sums: Tensor | None
+
+
+def attend(
+    query: Tensor, layer: LayerKV, logits: Logits = PLAIN, *, with_column_sums: bool = False
+) -> Attended:
+    """Attention of the last T tokens of a sequence over everything the layer holds.
+
+    Args:
+        query: [Hq, T, D], post-RoPE; D is the model's head size also when the layer's keys are
+            narrower.
+        layer: rows of the cache; the last T real entries of every row are the queries' own.
+        logits: scale, soft cap, sink logits, sliding window.
+        with_column_sums: see `column_sums`. For one query the probabilities are at hand and cost
+            nothing; for more, a second Q K^T is needed.
+
+    Raises:
+        ShapeError: heads, widths or lengths do not fit.
+    """
+    view = _View(query, layer, logits)
+    if query.shape[1] == 1 and with_column_sums:
+        return _explicit(view, with_column_sums=True)
+    if logits.is_plain and view.bias is None and view.dense:
+        output = _fused(view)
+    else:
+        return _explicit(view, with_column_sums=with_column_sums)
+    return Attended(output, column_sums(query, layer, logits) if with_column_sums else None)
+
+
+def column_sums(query: Tensor, layer: LayerKV, logits: Logits = PLAIN) -> Tensor:
+    """The attention that every entry receives from the T queries, summed over the queries.
+
+    Summed over entries this is T for every query head (less the sinks' share). With the last w
+    queries of a prompt it is the score of an observation window (SnapKV before pooling), with one
+    query the decode row.
+
+    Returns:
+        float32 [Hkv, G, S]; entries beyond a shorter row are 0. `[h, :, :layer.lengths[h]]` belongs
+        to KV head h.
+    """
+    view = _View(query, layer, logits)
+    out = query.new_zeros(view.heads, view.group, view.longest, dtype=torch.float32)
+    for block in view.blocks():
+        out[block.head, :, : block.stop] += block.sums()
+    return out
+
+
+class _Block(NamedTuple):
+    """Probabilities of some queries of some KV heads, not yet divided by their row sums."""
+
+    head: slice
+    first: int
+    last: int
+    stop: int
+    weights: Tensor  # [h, G, last - first, stop]
+    total: Tensor  # [h, G, last - first], sinks included
+
+    def sums(self) -> Tensor:
+        """Sum over the block's queries of the probabilities [h, G, stop]."""
+        inverse = (1 / self.total)[..., None, :]
+        return (inverse @ self.weights)[..., 0, :]
+
+
+class _View:
+    """One call's query and layer, brought to [Hkv, G, T, C] and [Hkv, S, C]."""
+
+    def __init__(self, query: Tensor, layer: LayerKV, logits: Logits) -> None:
+        self.query_heads, self.num_queries, width = query.shape
+        self.heads = layer.num_kv_heads
+        self.group, rest = divmod(self.query_heads, max(self.heads, 1))
+        self.lengths = layer.lengths
+        self.longest = max(self.lengths, default=0)
+        if rest or not self.group:
+            raise ShapeError(
+                f"{self.query_heads} query heads cannot share the {self.heads} KV heads of layer "
+                f"{layer.layer_idx}"
+            )
+        narrow = layer.channels is not None
+        if (not narrow and layer.keys.shape[-1] != width) or layer.keys.dtype != query.dtype:
+            raise ShapeError(
+                f"layer {layer.layer_idx}: queries are {query.dtype} of {width} channels, keys "
+                f"{layer.keys.dtype} of {layer.keys.shape[-1]}"
+            )
+        if min(self.lengths, default=0) < self.num_queries:
+            raise ShapeError(
+                f"layer {layer.layer_idx} holds {min(self.lengths, default=0)} entries in a row; "
+                f"expected at least the {self.num_queries} of the queries' own tokens"
+            )
+        self.layer = layer
+        self.logits = logits
+        self.scale = width**-0.5 if logits.scale is None else logits.scale
+        self.dense = layer.is_dense
+        self.bias = layer.log_weight
+        grouped = query.unflatten(0, (self.heads, self.group))
+        if layer.channels is not None:
+            index = layer.channels[:, None, None, :].expand(-1, *grouped.shape[1:3], -1)
+            grouped = grouped.gather(-1, index)
+        self.query: Tensor = grouped
+        # Otherwise the order of a row says what a query sees.
+        self.by_position = logits.window is not None
+        if self.bias is not None and isinstance(layer.positions, Tensor):
+            # Synthetic entries stand behind the new ones; they carry a weight.
+            self.synthetic = bool((layer.positions == SYNTHETIC).any())
+            self.by_position |= self.synthetic
+        else:
+            self.synthetic = False
+
+    @property
+    def num_old(self) -> int:
+        """Entries of the longest row that were there before the queries' tokens."""
+        return self.longest - self.num_queries
+
+    def block_size(self, entries: int) -> int:
+        """Queries per block so that all of a block's probabilities stay within bounds."""
+        return max(BLOCK_ELEMENTS // max(entries * self.group, 1), 1)
+
+    def rows(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None, Tensor | None]]:
+        """Heads, keys [h, S, C], values [h, S, Dv], bias [h, S], positions [h, S].
+
+        Heads come together when they are equally long and few enough entries are involved.
+        """
+        layer = self.layer
+        positions = layer.positions_tensor() if self.by_position else None
+        together = self.num_queries * self.longest * self.query_heads <= BLOCK_ELEMENTS
+        if self.dense and together:
+            yield slice(0, self.heads), layer.keys, layer.values, self.bias, positions
+            return
+        start = 0
+        for head, n in enumerate(self.lengths):
+            index: int | slice = head if self.dense else slice(start, start + n)
+            start += n
+            yield (
+                slice(head, head + 1),
+                layer.keys[index][None],
+                layer.values[index][None],
+                None if self.bias is None else self.bias[index][None],
+                None if positions is None else positions[index][None],
+            )
+
+    def blocks(self) -> Iterator[_Block]:
+        """Unnormalised probabilities block by block."""
+        for head, keys, _, bias, positions in self.rows():
+            yield from self.row_blocks(head, keys, bias, positions)
+
+    def row_blocks(
+        self, head: slice, keys: Tensor, bias: Tensor | None, positions: Tensor | None
+    ) -> Iterator[_Block]:
+        """The blocks of some equally long rows."""
+        size = self.block_size(keys.shape[1] * keys.shape[0])
+        transposed = keys.to(torch.float32).transpose(-1, -2)
+        for first in range(0, self.num_queries, size):
+            last = min(first + size, self.num_queries)
+            queries = self.query[head, :, first:last].to(torch.float32) * self.scale
+            stop = keys.shape[1]
+            if not self.synthetic:
+                stop += last - self.num_queries
+            x = queries.flatten(1, 2) @ transposed[..., :stop]
+            x = x.unflatten(1, (self.group, last - first))
+            if self.logits.softcap is not None:
+                x = x.div_(self.logits.softcap).tanh_().mul_(self.logits.softcap)
+            if bias is not None:
+                x += bias[:, None, None, :stop]
+            self._mask(x, first, last, stop, positions)
+            peak = x.amax(-1)
+            if self.logits.sinks is not None:
+                sinks = self.logits.sinks.to(torch.float32).unflatten(0, (self.heads, self.group))
+                peak = torch.maximum(peak, sinks[head, :, None])
+            x.sub_(peak[..., None]).exp_()
+            total = x.sum(-1)
+            if self.logits.sinks is not None:
+                total = total + (sinks[head, :, None] - peak).exp_()
+            yield _Block(head, first, last, stop, x, total)
+
+    def _mask(self, x: Tensor, first: int, last: int, stop: int, positions: Tensor | None) -> None:
+        """Put -inf where a query may not look; `x` is [h, G, last - first, stop]."""
+        if positions is None:
+            new = stop - (last - first)  # the block's own tokens are its last columns
+            if last - first > 1:
+                hidden = torch.ones(last - first, last - first, dtype=torch.bool, device=x.device)
+                x[..., new:].masked_fill_(hidden.triu_(1), -torch.inf)
+            return
+        hidden = ~self.visible(positions, first, last)[..., :stop]
+        x.masked_fill_(hidden[:, None], -torch.inf)
+
+    def visible(self, positions: Tensor, first: int, last: int) -> Tensor:
+        """Bool [h, last - first, S] by positions [h, S]; a synthetic entry is always visible."""
+        real = positions != SYNTHETIC
+        offset = torch.arange(first, last, device=positions.device)
+        own = real.sum(-1, keepdim=True) - self.num_queries + offset  # the last real entries
+        at = positions.gather(-1, own)[..., None]
+        seen = positions[:, None, :] <= at
+        if self.logits.window is not None:
+            seen &= positions[:, None, :] > at - self.logits.window
+        return seen | ~real[:, None, :]
+
+
+def _explicit(view: _View, *, with_column_sums: bool) -> Attended:
+    """Probabilities in float32, block by block: any form of layer, any logits."""
+    layer, query = view.layer, view.query
+    width = layer.values.shape[-1]
+    output = query.new_empty(view.heads, view.group, view.num_queries, width)
+    sums = None
+    if with_column_sums:
+        sums = query.new_zeros(view.heads, view.group, view.longest, dtype=torch.float32)
+    for head, keys, values, bias, positions in view.rows():
+        wide = values.to(torch.float32)
+        for block in view.row_blocks(head, keys, bias, positions):
+            mixed = block.weights.flatten(1, 2) @ wide[:, : block.stop]
+            mixed = mixed.unflatten(1, (view.group, -1)) / block.total[..., None]
+            output[head, :, block.first : block.last] = mixed.to(output.dtype)
+            if sums is not None:
+                sums[head, :, : block.stop] += block.sums()
+    return Attended(output.flatten(0, 1), sums)
+
+
+def _fused(view: _View) -> Tensor:
+    """`scaled_dot_product_attention` over a dense layer without weights."""
+    layer = view.layer
+    keys, values = layer.keys[None], layer.values[None]
+    sdpa: Callable[..., Tensor] = torch.nn.functional.scaled_dot_product_attention
+    if view.num_queries == 1 and view.logits.window is None:
+        # The group's queries stand in for the query axis: nothing is repeated, no mask is needed.
+        q = view.query[:, :, 0][None]
+        return sdpa(q, keys, values, scale=view.scale)[0].flatten(0, 1)[:, None]
+    if view.num_old == 0 and view.logits.window is None:
+        q = view.query.flatten(0, 1)[None]
+        whole: Tensor = sdpa(q, keys, values, scale=view.scale, is_causal=True, enable_gqa=True)
+        return whole[0]
+    output = view.query.new_empty(view.heads, view.group, view.num_queries, layer.values.shape[-1])
+    size = max(BLOCK_ELEMENTS * 4 // max(view.longest * view.group, 1), 1)
+    windowed = view.logits.window is not None
+    positions = layer.positions_tensor() if windowed else None
+    for first in range(0, view.num_queries, size):
+        last = min(first + size, view.num_queries)
+        stop = view.num_old + last
+        if positions is not None:
+            seen = view.visible(positions, first, last)[..., :stop]  # [Hkv, n, stop]
+            mask = seen[:, None].expand(-1, view.group, -1, -1).flatten(1, 2)[None]
+        else:
+            row = torch.arange(first, last, device=keys.device)[:, None] + view.num_old
+            mask = torch.arange(stop, device=keys.device) <= row
+            mask = mask.expand(view.group, -1, -1).flatten(0, 1)[None, None]
+        q = view.query[:, :, first:last].flatten(1, 2)[None]
+        part = sdpa(q, keys[:, :, :stop], values[:, :, :stop], attn_mask=mask, scale=view.scale)
+        output[:, :, first:last] = part[0].unflatten(1, (view.group, -1))
+    return output.flatten(0, 1)

@@ -1,0 +1,519 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`KVCache`: a drop-in cache for transformers that frees what its policy drops.
+
+    cache = kvlib.KVCache(model, policy="snapkv:budget=0.25")
+    model.generate(**inputs, past_key_values=cache)
+
+Until something is evicted, keys, values and attention are exactly those of transformers'
+`DynamicCache`. After that, each sequence's rows are attended to by `kvlib.attention`, with a mask
+of their own. Layers with a sliding window are bounded already: transformers keeps them, policies do
+not see them, budgets do not count them.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from kvlib.attention import Logits, attend
+from kvlib.blocks import LayerKV
+from kvlib.cache_columns import Columns, NewColumns
+from kvlib.cache_layers import EvictableLayer, LayerRow, extend_entries, layer_of
+from kvlib.cache_signals import MAX_ROLLBACK, Signals
+from kvlib.errors import ConfigError
+from kvlib.eviction import build_policy
+from kvlib.eviction.base import LayerState, LayerView, Needs, Plans, Policy
+from kvlib.model_hooks import AttentionCall, decoder_of, untraced, watch
+from kvlib.model_spec import layer_specs
+from kvlib.registry import describe, parse_method
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["KVCache"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Forward:
+    """One forward pass.
+
+    Attributes:
+        new: its columns.
+        is_step: whether the prompt was complete before it.
+        ends_prefill: whether the prompt is complete after it.
+    """
+
+    new: NewColumns
+    is_step: bool
+    ends_prefill: bool
+
+
+class KVCache(Cache):
+    """A cache under an eviction policy, for `generate()` and for plain forward passes.
+
+    The prompt ends with the first forward pass, whatever its length; what follows are steps, of one
+    token or of many (a question after a long context). Where a prompt comes in several passes, say
+    so with `prefill_chunk_size`, or end it yourself with `end_prefill`.
+
+    Args:
+        model: the model that will run over it: a decoder whose layers all have full or
+            sliding-window attention, and go through transformers' attention interface.
+        policy: method string or policy object; after a ``|``, the codec of its snapshots.
+        codec: the same, given apart.
+        prefill_chunk_size: as given to `generate()`: a prompt is fed in pieces of so many tokens. A
+            shorter piece, the first single token after whole ones, or `end_prefill` ends it.
+        model_id: identity of the weights, for snapshots of models that came from no hub and no
+            folder.
+
+    Raises:
+        ConfigError: layers of another kind (named), or two codecs.
+        UnknownPluginError: no such policy.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        policy: str | Policy = "full",
+        *,
+        codec: str | None = None,
+        prefill_chunk_size: int | None = None,
+        model_id: str | None = None,
+    ) -> None:
+        if isinstance(policy, str):
+            method = parse_method(policy)
+            if method.codec is not None:
+                if codec is not None:
+                    raise ConfigError(f"two codecs: {method.codec} in the method and codec={codec}")
+                codec = str(method.codec)
+            if not method.policies:
+                policy = build_policy("full")
+            elif len(method.policies) == 1:
+                policy = build_policy(method.policies[0])
+            else:
+                raise ConfigError(f"policies do not work together yet ('+'): {policy!r}")
+        if prefill_chunk_size is not None and prefill_chunk_size < 1:
+            raise ConfigError(f"prefill_chunk_size must be 1 or more, got {prefill_chunk_size}")
+        self.policy = policy
+        self.codec = codec
+        self.model_id = model_id
+        self.prefill_chunk_size = prefill_chunk_size
+        self._needs = policy.needs
+        config = model.config.get_text_config(decoder=True)
+        self._ropes = [spec.rope for spec in layer_specs(config)]
+        super().__init__(layers=self._make_layers(config))
+        self._model_name = type(model).__name__
+        self._decoder = decoder_of(model)
+        self._start()
+        watch(self._decoder, self, lambda cache: isinstance(cache, KVCache))
+
+    def _make_layers(self, config: Any) -> list[Any]:
+        kinds = [str(spec.kind) for spec in layer_specs(config)]
+        made: list[Any] = []
+        for index, layer in enumerate(DynamicCache(config=config).layers):
+            if type(layer) is DynamicLayer and kinds[index] == "full":
+                made.append(EvictableLayer(self, index))
+            elif type(layer) is DynamicSlidingWindowLayer and not getattr(
+                config, "attention_chunk_size", None
+            ):
+                made.append(layer)
+            else:
+                raise ConfigError(
+                    f"KVCache supports layers with full and sliding-window attention; layer "
+                    f"{index} of this {config.model_type!r} model is of kind {kinds[index]} "
+                    f"({type(layer).__name__})"
+                )
+        self._evictable = [layer for layer in made if isinstance(layer, EvictableLayer)]
+        self._sliding = [layer for layer in made if not isinstance(layer, EvictableLayer)]
+        return made
+
+    def _start(self) -> None:
+        self._columns = Columns()
+        self._signals = Signals(self._needs)
+        self.record_past = False
+        self._in_prefill = True
+        self._whole_chunk = False  # the newest pass was a piece of the prompt, more may follow
+        self._forward: _Forward | None = None  # running
+        self._open: _Forward | None = None  # done, but `crop` may still shorten it
+        self._failed = False
+
+    # What it is
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: keys, values, positions, space to grow, policy state."""
+        total = sum(layer.nbytes for layer in self._evictable)
+        for layer in self._sliding:
+            total += sum(
+                x.numel() * x.element_size() for x in (layer.keys, layer.values) if x is not None
+            )
+        return total + self._columns.nbytes + self._signals.nbytes
+
+    @property
+    def num_columns(self) -> int:
+        """Columns ever seen: tokens, evicted ones included, and padding."""
+        return self._columns.num
+
+    @property
+    def method(self) -> str:
+        """The policy with all its parameters, as text."""
+        return describe(self.policy)
+
+    def layer_kv(self, layer_idx: int, sequence: int = 0) -> LayerKV:
+        """What is held of one layer of one sequence: views, valid until the cache changes.
+
+        Raises:
+            ConfigError: the layer is empty or has a sliding window.
+        """
+        layer = self.layers[layer_idx]
+        if not isinstance(layer, EvictableLayer):
+            raise ConfigError(f"layer {layer_idx} has a sliding window: no policy touches it")
+        if layer.rows is not None:
+            return layer.rows[sequence].layer
+        if layer.keys is None or layer.values is None:
+            raise ConfigError(f"layer {layer_idx} is empty")
+        valid = None if self._columns.valid is None else self._columns.valid[sequence]
+        positions = self._columns.token_positions(sequence)
+        return layer_of(layer_idx, layer.keys[sequence], layer.values[sequence], positions, valid)
+
+    # A forward pass, as the hooks report it
+
+    def begin_forward(self, decoder: nn.Module, arguments: dict[str, Any]) -> None:
+        """See `kvlib.model_hooks.HookedCache`."""
+        if decoder is not self._decoder:
+            raise ConfigError(
+                f"this KVCache was made for another {self._model_name}; make one for each model"
+            )
+        if self._failed:
+            raise ConfigError("an earlier forward pass over this KVCache failed: make a new one")
+        if self._forward is not None:
+            raise ConfigError("two forward passes at once over one KVCache: each needs its own")
+        new = self._columns.read(arguments)
+        self._commit_open(0)
+        if self._in_prefill and self._whole_chunk and new.num == 1:
+            self.end_prefill()
+        self._warn_about_pieces(new.num)
+        if self._columns.batch == 0:
+            for layer in self._evictable:
+                layer.states = [LayerState() for _ in new.positions]
+        chunk = self.prefill_chunk_size
+        self._whole_chunk = chunk is not None and new.num >= chunk
+        self._forward = _Forward(
+            new,
+            is_step=not self._in_prefill,
+            ends_prefill=self._in_prefill and not self._whole_chunk,
+        )
+        self._columns.add(new, to_prompt=self._in_prefill)
+
+    def _warn_about_pieces(self, num: int) -> None:
+        evicted = any(layer.rows is not None for layer in self._evictable)
+        if not self._in_prefill and num == self.num_columns >= 16 and evicted:
+            warnings.warn(
+                f"two forward passes of {num} tokens in a row: the first was taken for the whole "
+                "prompt and evicted. If the prompt comes in pieces, pass "
+                f"KVCache(..., prefill_chunk_size={num})",
+                stacklevel=2,
+            )
+
+    @untraced
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Take new keys and values [B, Hkv, T, D] of a layer."""
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def expect_update(self, layer_idx: int) -> None:
+        """Refuse keys that do not come from a forward pass of the cache's own model."""
+        if self._forward is None:
+            raise ConfigError(
+                f"layer {layer_idx} was given keys outside of a forward pass of the "
+                f"{self._model_name} that this KVCache was made for; make one for each model"
+            )
+
+    def needs_mask(self) -> bool:
+        """See `kvlib.model_hooks.HookedCache`."""
+        return any(layer.rows is None for layer in self._evictable)
+
+    def attend(self, key: Tensor, call: AttentionCall) -> Tensor | None:
+        """See `kvlib.model_hooks.HookedCache`."""
+        index: int = getattr(call.module, "layer_idx")  # noqa: B009
+        layer = self.layers[index]
+        if not isinstance(layer, EvictableLayer):
+            return None
+        forward = self._forward
+        assert forward is not None  # noqa: S101
+        if layer.pending is None or layer.pending[0] is not key:
+            raise ConfigError(
+                f"{type(call.module).__name__} changes keys after caching them, or layer {index} "
+                "reads the keys of another layer: KVCache does not support this model"
+            )
+        logits = self._logits(index, call)
+        if layer.rows is None:
+            keys, values = layer.grow()
+            output, _ = call.original(
+                call.module, call.query, keys, values, call.mask, **call.options
+            )
+            for row in range(self._columns.batch):
+                self._observe(layer, row, call.query[row], logits)
+        else:
+            output = self._attend_rows(layer, call, logits)
+        if not self.record_past and not self._needs.whole_model:
+            self._commit([layer], forward, [0] * self._columns.batch)
+        return output
+
+    @staticmethod
+    def _logits(index: int, call: AttentionCall) -> Logits:
+        options = call.options
+        if options.get("position_bias") is not None:
+            raise ConfigError(f"layer {index} adds a position bias, which KVCache does not support")
+        return Logits(
+            scale=options.get("scaling"),
+            softcap=options.get("softcap"),
+            sinks=options.get("s_aux"),
+        )
+
+    @torch.no_grad()
+    def _observe(self, layer: EvictableLayer, row: int, query: Tensor, logits: Logits) -> None:
+        forward = self._forward
+        assert forward is not None  # noqa: S101
+        if not self._signals.wants(is_step=forward.is_step):
+            return
+        valid = forward.new.valid
+        self._signals.observe(
+            layer.layer_idx,
+            row,
+            query if valid is None else query[:, valid[row]],
+            lambda: self.layer_kv(layer.layer_idx, row),
+            logits,
+            is_step=forward.is_step,
+            may_roll_back=self.record_past,
+        )
+
+    def _attend_rows(self, layer: EvictableLayer, call: AttentionCall, logits: Logits) -> Tensor:
+        forward = self._forward
+        assert forward is not None and layer.pending is not None and layer.rows is not None  # noqa: S101, PT018
+        keys, values = layer.pending
+        layer.pending = None
+        new = forward.new
+        batch, heads, num = call.query.shape[:3]
+        output = call.query.new_zeros(batch, num, heads, values.shape[-1])
+        # Sums come with the attention of a single query, unless they may have to be taken back.
+        at_once = self._needs.step_column_sums and not self.record_past
+        for row, held in enumerate(layer.rows):
+            if not new.tokens(row):
+                continue
+            where = slice(None) if new.valid is None else new.valid[row]
+            held.append(
+                keys[row].detach()[:, where],
+                values[row].detach()[:, where],
+                new.positions[row, where],
+            )
+            query = call.query[row][:, where]
+            done = attend(query, held.layer, logits, with_column_sums=at_once)
+            output[row, where] = done.output.transpose(0, 1)
+            if at_once:
+                self._signals.put(layer.layer_idx, row, done.column_sums)
+            else:
+                self._observe(layer, row, call.query[row], logits)
+        return output
+
+    def end_forward(self, *, failed: bool) -> None:
+        """See `kvlib.model_hooks.HookedCache`."""
+        forward, self._forward = self._forward, None
+        if failed or forward is None:
+            self._failed = True
+            return
+        if any(layer.pending is not None for layer in self._evictable):
+            self._failed = True
+            raise ConfigError(
+                f"{self._model_name} caches keys but its attention does not go through "
+                "transformers' attention interface: KVCache does not support it"
+            )
+        self._columns.advance(forward.new)
+        if self.record_past:
+            self._open = forward
+            return
+        if self._needs.whole_model:
+            self._commit(self._evictable, forward, [0] * self._columns.batch)
+        self._in_prefill &= not forward.ends_prefill
+
+    # Decisions
+
+    @torch.no_grad()
+    def _commit(
+        self, layers: Sequence[EvictableLayer], forward: _Forward, removed: Sequence[int]
+    ) -> None:
+        """Show layers to the policy and carry its plans out.
+
+        Args:
+            layers: all of them if the policy decides for the whole model, else any.
+            forward: the pass that is done.
+            removed: tokens of it that each sequence has lost again.
+        """
+        chosen: list[list[Plans]] = [[] for _ in layers]
+        for row in range(self._columns.batch):
+            views = [self._view(layer, row, forward, removed[row]) for layer in layers]
+            if not forward.is_step:
+                for view in views:
+                    self.policy.on_prefill_chunk(view)
+            together = [views] if self._needs.whole_model else [[view] for view in views]
+            plans: list[Plans] = [() for _ in views]
+            if forward.ends_prefill:
+                plans = [plan for part in together for plan in self.policy.on_prefill_end(part)]
+            elif forward.is_step:
+                plans = [plan for part in together for plan in self.policy.on_step(part)]
+            for mine, plan in zip(chosen, plans, strict=True):
+                mine.append(plan)
+        for layer, mine in zip(layers, chosen, strict=True):
+            self._carry_out(layer, mine)
+
+    def _view(self, layer: EvictableLayer, row: int, forward: _Forward, removed: int) -> LayerView:
+        held = self.layer_kv(layer.layer_idx, row)
+        state = layer.rows[row].state if layer.rows is not None else layer.states[row]
+        new = forward.new.tokens(row) - removed
+        extend_entries(state, [n - new for n in held.lengths], held)
+        in_prompt = not forward.is_step and not forward.ends_prefill
+        seen = self._signals.collect(layer.layer_idx, row, held, removed, in_prompt=in_prompt)
+        return LayerView(
+            layer=held,
+            state=state,
+            num_new=new,
+            num_prompt=self._columns.prompt[row],
+            num_seen=self._columns.seen[row],
+            column_sums=seen.column_sums,
+            window_sums=seen.window_sums,
+        )
+
+    def _carry_out(self, layer: EvictableLayer, plans: Sequence[Plans]) -> None:
+        if not any(plans):
+            return
+        if layer.rows is None:
+            rows = []
+            for row in range(self._columns.batch):
+                held = LayerRow(self.layer_kv(layer.layer_idx, row), layer.states[row])
+                rows.append(held if plans[row] else held.fork())  # nothing may hold the batch
+            layer.rows, layer.states = rows, []
+            for held, mine in zip(rows, plans, strict=True):
+                if mine:
+                    held.apply(mine, self._ropes[layer.layer_idx])
+            layer.keys = layer.values = None
+            return
+        for held, mine in zip(layer.rows, plans, strict=True):
+            if mine:
+                held.apply(mine, self._ropes[layer.layer_idx])
+
+    def end_prefill(self) -> None:
+        """Say that the prompt is complete: what the policy drops goes now."""
+        self._commit_open(0)
+        columns = self._columns
+        if not self._in_prefill or columns.batch == 0:
+            return
+        nothing = NewColumns(0, None, torch.zeros(columns.batch, 0, dtype=torch.int32))
+        last = _Forward(nothing, is_step=False, ends_prefill=True)
+        self._commit(self._evictable, last, [0] * columns.batch)
+        self._in_prefill = False
+
+    # Rolling back
+
+    def activate_past_recording(self) -> None:
+        """Let `crop` take back tokens of the newest forward: decisions wait for it.
+
+        `generate()` calls this for assisted generation.
+        """
+        for layer in self._sliding:
+            layer.activate_past_recording()
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take the last tokens out again: a negative number, or 0 to let decisions be made.
+
+        Rolling back needs what eviction has thrown away. So it works on the newest forward after
+        `activate_past_recording` (as assisted generation does), and without it only where the
+        policy has neither seen nor dropped anything.
+
+        Raises:
+            ConfigError: the state before those tokens cannot be restored exactly.
+        """
+        if tokens_to_remove > 0:
+            raise ConfigError("crop takes a negative number of tokens to remove")
+        num = -tokens_to_remove
+        opened = self._open
+        if opened is not None:
+            if num > min(opened.new.num, MAX_ROLLBACK):
+                raise ConfigError(
+                    f"cannot take back {num} tokens: the newest forward pass had {opened.new.num}, "
+                    f"and at most {MAX_ROLLBACK} can be taken back"
+                )
+            self._commit_open(num)
+        elif num:
+            self._crop_untouched(num)
+        for layer in self._sliding:
+            layer.crop(tokens_to_remove)
+
+    def _crop_untouched(self, num: int) -> None:
+        touched = (
+            self._needs != Needs()
+            or any(layer.rows is not None for layer in self._evictable)
+            or any(state.nbytes for layer in self._evictable for state in layer.states)
+        )
+        if touched or num > self.num_columns:
+            raise ConfigError(
+                f"cannot take back {num} of {self.num_columns} tokens: policy {self.method!r} has "
+                "decided with them. Call activate_past_recording() before a forward pass that may "
+                "be taken back"
+            )
+        self._remove(num)
+
+    def _remove(self, num: int) -> list[int]:
+        """Take the last columns out of everything; returns the tokens each sequence lost."""
+        lost = self._columns.remove(num) if num else [0] * self._columns.batch
+        for layer in self._evictable:
+            if layer.keys is not None and layer.values is not None:
+                layer.keys = layer.keys[..., : self.num_columns, :]
+                layer.values = layer.values[..., : self.num_columns, :]
+            for held, gone in zip(layer.rows or (), lost, strict=False):
+                held.truncate(gone)
+        return lost
+
+    def _commit_open(self, removed: int) -> None:
+        forward, self._open = self._open, None
+        if forward is not None:
+            self._commit(self._evictable, forward, self._remove(removed))
+            self._in_prefill &= not forward.ends_prefill
+
+    # Sequences
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Make the batch consist of these sequences (beam search)."""
+        self._commit_open(0)
+        order = beam_idx.tolist()
+        for layer in self._evictable:
+            layer.take_sequences(beam_idx)
+        for layer in self._sliding:
+            if layer.keys is not None and layer.values is not None:
+                layer.keys = layer.keys.index_select(0, beam_idx.to(layer.keys.device))
+                layer.values = layer.values.index_select(0, beam_idx.to(layer.values.device))
+        self._columns.take(order)
+        self._signals.take(order)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence."""
+        self.reorder_cache(torch.arange(self._columns.batch).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these sequences."""
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero()[:, 0]
+        self.reorder_cache(indices)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        for layer in self._evictable:
+            layer.clear()
+        for layer in self._sliding:
+            layer.reset()
+        self._start()

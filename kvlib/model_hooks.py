@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How `KVCache` gets to see a transformers model's attention, without changing the model.
+
+transformers gives a cache new keys and values and takes back what attention shall read; queries,
+masks and the attention itself are out of its sight. So while a forward pass runs over a `KVCache`,
+and only then, the decoder's config names the attention implementation ``kvlib``: a function that
+knows the cache of the running pass. Two hooks on the decoder switch it on and off. A pass with any
+other cache in another thread meanwhile goes on to the implementation that the config named before.
+The hooks go away with the last `KVCache` of the model.
+"""
+
+import inspect
+import sys
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from threading import Lock, local
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from kvlib.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["AttentionCall", "HookedCache", "decoder_of", "untraced", "watch"]
+
+IMPLEMENTATION = "kvlib"
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def untraced(function: F) -> F:
+    """Let torch.compile call `function` as it is, between the graphs that it compiles."""
+    reason = "kvlib.KVCache runs between compiled graphs: compile without fullgraph=True"
+    as_it_is: F = torch.compiler.disable(function, reason=reason)
+    return as_it_is
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """One layer's attention, as the model asked for it.
+
+    Attributes:
+        module: the attention module.
+        query: [B, Hq, T, D].
+        mask: what the model's own mask function made of the pass.
+        options: scaling, soft cap, sinks and whatever else the model passes.
+        original: the model's own attention, with transformers' signature.
+    """
+
+    module: nn.Module
+    query: Tensor
+    mask: Tensor | None
+    options: dict[str, Any]
+    original: Callable[..., tuple[Tensor, Tensor | None]]
+
+
+class HookedCache(Protocol):
+    """What the hooks ask of a cache."""
+
+    def begin_forward(self, decoder: nn.Module, arguments: dict[str, Any]) -> None:
+        """A pass with these arguments of the decoder's forward begins."""
+
+    def end_forward(self, *, failed: bool) -> None:
+        """It ended, or raised."""
+
+    def attend(self, key: Tensor, call: AttentionCall) -> Tensor | None:
+        """[B, T, Hq, Dv], or None if these keys are not the cache's business."""
+
+    def needs_mask(self) -> bool:
+        """Whether some layer that is not sliding still attends with the model's own mask."""
+
+
+class _Passes(local):
+    """The passes over a `KVCache` that run in this thread, innermost last."""
+
+    def __init__(self) -> None:
+        self.stack: list[HookedCache] = []
+
+
+_passes = _Passes()
+_lock = Lock()
+_switched: dict[int, tuple[str, int]] = {}
+"""By id of a config: the implementation it named, and how many passes need it switched."""
+_watched: "weakref.WeakKeyDictionary[nn.Module, _Watch]" = weakref.WeakKeyDictionary()
+
+
+def decoder_of(model: "PreTrainedModel") -> nn.Module:
+    """The module whose forward runs the text layers."""
+    decoder: nn.Module = model.get_decoder()
+    return decoder
+
+
+def watch(decoder: nn.Module, cache: HookedCache, is_ours: Callable[[Any], bool]) -> None:
+    """Hook `decoder` until `cache` (and every other cache it is watched for) is gone.
+
+    Args:
+        decoder: see `decoder_of`.
+        cache: whose life the hooks share.
+        is_ours: tells a `KVCache` from other caches.
+    """
+    with _lock:
+        watcher = _watched.get(decoder)
+        if watcher is None:
+            watcher = _watched[decoder] = _Watch(decoder, is_ours)
+        watcher.users += 1
+    weakref.finalize(cache, _forget, weakref.ref(decoder))
+
+
+def _forget(reference: "weakref.ref[nn.Module]") -> None:
+    decoder = reference()
+    if decoder is None:
+        return
+    with _lock:
+        watcher = _watched.get(decoder)
+        if watcher is not None:
+            watcher.users -= 1
+            if watcher.users == 0:
+                watcher.remove()
+                del _watched[decoder]
+
+
+class _Watch:
+    """The two hooks on one decoder."""
+
+    def __init__(self, decoder: nn.Module, is_ours: Callable[[Any], bool]) -> None:
+        self.users = 0
+        self._is_ours = is_ours
+        self._signature = inspect.signature(decoder.forward)
+        self._handles = [
+            decoder.register_forward_pre_hook(self._before, with_kwargs=True),
+            decoder.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+        ]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        cache = kwargs.get("past_key_values")
+        if cache is None and args:
+            cache = self._signature.bind_partial(*args, **kwargs).arguments.get("past_key_values")
+        return cache if self._is_ours(cache) else None
+
+    @untraced
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cache = self._cache(args, kwargs)
+        if cache is None:
+            return
+        arguments = self._signature.bind_partial(*args, **kwargs).arguments
+        cache.begin_forward(module, arguments | arguments.get("kwargs", {}))
+        _switch(module.config)
+        _passes.stack.append(cache)
+
+    @untraced
+    def _after(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        cache = self._cache(args, kwargs)
+        if cache is None or not any(running is cache for running in _passes.stack):
+            return  # not ours, or `begin_forward` refused it
+        _passes.stack.pop()
+        _restore(module.config)
+        cache.end_forward(failed=output is None)
+
+
+def _switch(config: Any) -> None:
+    with _lock:
+        name, users = _switched.get(id(config), (config._attn_implementation, 0))
+        _switched[id(config)] = (name, users + 1)
+        config._attn_implementation_internal = IMPLEMENTATION
+
+
+def _restore(config: Any) -> None:
+    with _lock:
+        name, users = _switched[id(config)]
+        if users > 1:
+            _switched[id(config)] = (name, users - 1)
+            return
+        del _switched[id(config)]
+        config._attn_implementation_internal = name
+
+
+def _original_name(config: Any) -> str:
+    found = _switched.get(id(config))
+    if found is None:
+        # Another thread's pass has just ended, and the config names its own implementation again.
+        name: str = config._attn_implementation
+        return "sdpa" if name == IMPLEMENTATION else name
+    return found[0]
+
+
+@untraced
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function ``kvlib`` of transformers' `AttentionInterface`."""
+    modeling = sys.modules[type(module).__module__]
+    functions = getattr(modeling, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
+    eager: Any = getattr(modeling, "eager_attention_forward", None)
+    original = functions.get_interface(_original_name(module.config), eager)
+    if _passes.stack:
+        call = AttentionCall(module, query, attention_mask, options, original)
+        output = _passes.stack[-1].attend(key, call)
+        if output is not None:
+            return output, None
+    result: tuple[Tensor, Tensor | None] = original(
+        module, query, key, value, attention_mask, **options
+    )
+    return result
+
+
+@untraced
+def _mask(*args: Any, **options: Any) -> Any:
+    """The mask function ``kvlib``: the model's own, where a layer still needs it."""
+    if _passes.stack:
+        if options.get("use_vmap") or not options.get("allow_is_causal_skip", True):
+            raise ConfigError(
+                "this forward pass overlays its causal mask with another one (image tokens, packed "
+                "sequences, ...); KVCache supports causal masks, sliding windows and padding"
+            )
+        if options.get("local_size") is None and not _passes.stack[-1].needs_mask():
+            return None
+    masks = AttentionMaskInterface()
+    name = _original_name(options["config"])
+    return masks[name](*args, **options) if name in masks else None
+
+
+AttentionInterface.register(IMPLEMENTATION, _attention)
+AttentionMaskInterface.register(IMPLEMENTATION, _mask)
