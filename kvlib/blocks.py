@@ -3,14 +3,12 @@
 
 `LayerKV` holds one layer in one of two forms:
 
-- **dense** (`row_lengths is None`): every KV head holds the same number of entries, keys [Hkv, T,
-D];
-- **packed**: heads differ in length; the rows of head 0, then of head 1, ... lie in one [N, D]
-tensor.
+- **dense** (`row_lengths is None`): all KV heads hold equally many entries, keys [Hkv, T, D];
+- **packed**: heads differ; the rows of head 0, then of head 1, ... lie in one [N, D] tensor.
 
 Entry means one kept token (or a synthetic one). A layer that nothing was evicted from is dense with
-a `range` of
-positions: it holds nothing besides keys and values and may be a view of an engine's tensor.
+a `range` of positions: it holds nothing besides keys and values and may be a view of an engine's
+tensor.
 """
 
 from collections.abc import Sequence
@@ -37,6 +35,12 @@ class Row(NamedTuple):
     values: Tensor
     positions: Tensor
     log_weight: Tensor | None
+
+    def weights(self) -> Tensor:
+        """`log_weight`, zeros where there is none."""
+        if self.log_weight is not None:
+            return self.log_weight
+        return torch.zeros(len(self.positions), device=self.keys.device)
 
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -138,19 +142,13 @@ class LayerKV:
         def together(parts: Sequence[Tensor]) -> Tensor:
             return torch.stack(list(parts)) if dense else torch.cat(list(parts))
 
-        weights = [
-            row.log_weight
-            if row.log_weight is not None
-            else torch.zeros(n, dtype=torch.float32, device=row.keys.device)
-            for row, n in zip(rows, lengths, strict=True)
-        ]
         return cls(
             layer_idx=layer_idx,
             keys=together([row.keys for row in rows]),
             values=together([row.values for row in rows]),
             positions=together([row.positions for row in rows]),
             row_lengths=None if dense else lengths,
-            log_weight=together(weights) if weighted else None,
+            log_weight=together([row.weights() for row in rows]) if weighted else None,
             channels=channels,
         )
 
@@ -303,18 +301,15 @@ class LayerKV:
             other.channels is None
         ):
             return False
-        if (
-            self.channels is not None
-            and other.channels is not None
-            and not torch.equal(self.channels, other.channels)
-        ):
+        mine, theirs = self.channels, other.channels
+        if mine is not None and theirs is not None and not torch.equal(mine, theirs):
             return False
-        for mine, theirs in zip(self.rows(), other.rows(), strict=True):
-            if not all(_storage_equal(a, b) for a, b in zip(mine[:3], theirs[:3], strict=True)):
+        for row, its in zip(self.rows(), other.rows(), strict=True):
+            if not all(_storage_equal(a, b) for a, b in zip(row[:3], its[:3], strict=True)):
                 return False
-            if (mine.log_weight is None) != (theirs.log_weight is None):
+            if (row.log_weight is None) != (its.log_weight is None):
                 return False
-            a, b = mine.log_weight, theirs.log_weight
+            a, b = row.log_weight, its.log_weight
             if a is not None and b is not None and not _storage_equal(a, b):
                 return False
         return True
@@ -498,22 +493,7 @@ def _join_layers(parts: Sequence[LayerKV]) -> LayerKV:
             raise ShapeError(
                 f"layer {first.layer_idx}: only the last block may hold synthetic entries"
             )
-        weight = None
-        if weighted:
-            weight = torch.cat(
-                [
-                    torch.zeros(len(r.positions), device=r.keys.device)
-                    if r.log_weight is None
-                    else r.log_weight
-                    for r in mine
-                ]
-            )
-        rows.append(
-            Row(
-                torch.cat([r.keys for r in mine]),
-                torch.cat([r.values for r in mine]),
-                torch.cat([r.positions for r in mine]),
-                weight,
-            )
-        )
+        keys, values = (torch.cat([getattr(r, x) for r in mine]) for x in ("keys", "values"))
+        weight = torch.cat([r.weights() for r in mine]) if weighted else None
+        rows.append(Row(keys, values, torch.cat([r.positions for r in mine]), weight))
     return LayerKV.from_rows(first.layer_idx, rows, channels=first.channels)

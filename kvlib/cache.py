@@ -12,45 +12,32 @@ not see them, budgets do not count them.
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache
 
 from kvlib.attention import Logits, attend
 from kvlib.blocks import LayerKV
 from kvlib.cache_columns import Columns, NewColumns
-from kvlib.cache_layers import EvictableLayer, LayerRow, extend_entries, layer_of
+from kvlib.cache_decisions import Decisions, Forward, read_policy
+from kvlib.cache_layers import EvictableLayer, layer_of, make_layers
 from kvlib.cache_signals import MAX_ROLLBACK, Signals
+from kvlib.cache_snapshots import fill_from_snapshot, restored_columns, snapshot_of
 from kvlib.errors import ConfigError
-from kvlib.eviction import build_policy
-from kvlib.eviction.base import LayerState, LayerView, Needs, Plans, Policy
+from kvlib.eviction.base import LayerState, Needs, Policy
 from kvlib.model_hooks import AttentionCall, decoder_of, untraced, watch
-from kvlib.model_spec import layer_specs
-from kvlib.registry import describe, parse_method
+from kvlib.model_spec import layer_specs, spec_for_model
+from kvlib.registry import describe
+from kvlib.snapshots import Snapshot, SnapshotStore
+from kvlib.spec import KVSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = ["KVCache"]
-
-
-@dataclass(frozen=True, slots=True)
-class _Forward:
-    """One forward pass.
-
-    Attributes:
-        new: its columns.
-        is_step: whether the prompt was complete before it.
-        ends_prefill: whether the prompt is complete after it.
-    """
-
-    new: NewColumns
-    is_step: bool
-    ends_prefill: bool
 
 
 class KVCache(Cache):
@@ -84,18 +71,7 @@ class KVCache(Cache):
         prefill_chunk_size: int | None = None,
         model_id: str | None = None,
     ) -> None:
-        if isinstance(policy, str):
-            method = parse_method(policy)
-            if method.codec is not None:
-                if codec is not None:
-                    raise ConfigError(f"two codecs: {method.codec} in the method and codec={codec}")
-                codec = str(method.codec)
-            if not method.policies:
-                policy = build_policy("full")
-            elif len(method.policies) == 1:
-                policy = build_policy(method.policies[0])
-            else:
-                raise ConfigError(f"policies do not work together yet ('+'): {policy!r}")
+        policy, codec = read_policy(policy, codec)
         if prefill_chunk_size is not None and prefill_chunk_size < 1:
             raise ConfigError(f"prefill_chunk_size must be 1 or more, got {prefill_chunk_size}")
         self.policy = policy
@@ -104,32 +80,16 @@ class KVCache(Cache):
         self.prefill_chunk_size = prefill_chunk_size
         self._needs = policy.needs
         config = model.config.get_text_config(decoder=True)
-        self._ropes = [spec.rope for spec in layer_specs(config)]
-        super().__init__(layers=self._make_layers(config))
+        self._decisions = Decisions(policy, [spec.rope for spec in layer_specs(config)])
+        made = make_layers(self, config)
+        super().__init__(layers=made)
+        self._evictable = [layer for layer in made if isinstance(layer, EvictableLayer)]
+        self._sliding = [layer for layer in made if not isinstance(layer, EvictableLayer)]
+        self._model = model
         self._model_name = type(model).__name__
         self._decoder = decoder_of(model)
         self._start()
         watch(self._decoder, self, lambda cache: isinstance(cache, KVCache))
-
-    def _make_layers(self, config: Any) -> list[Any]:
-        kinds = [str(spec.kind) for spec in layer_specs(config)]
-        made: list[Any] = []
-        for index, layer in enumerate(DynamicCache(config=config).layers):
-            if type(layer) is DynamicLayer and kinds[index] == "full":
-                made.append(EvictableLayer(self, index))
-            elif type(layer) is DynamicSlidingWindowLayer and not getattr(
-                config, "attention_chunk_size", None
-            ):
-                made.append(layer)
-            else:
-                raise ConfigError(
-                    f"KVCache supports layers with full and sliding-window attention; layer "
-                    f"{index} of this {config.model_type!r} model is of kind {kinds[index]} "
-                    f"({type(layer).__name__})"
-                )
-        self._evictable = [layer for layer in made if isinstance(layer, EvictableLayer)]
-        self._sliding = [layer for layer in made if not isinstance(layer, EvictableLayer)]
-        return made
 
     def _start(self) -> None:
         self._columns = Columns()
@@ -137,8 +97,8 @@ class KVCache(Cache):
         self.record_past = False
         self._in_prefill = True
         self._whole_chunk = False  # the newest pass was a piece of the prompt, more may follow
-        self._forward: _Forward | None = None  # running
-        self._open: _Forward | None = None  # done, but `crop` may still shorten it
+        self._forward: Forward | None = None  # running
+        self._open: Forward | None = None  # done, but `crop` may still shorten it
         self._failed = False
 
     # What it is
@@ -180,6 +140,100 @@ class KVCache(Cache):
         positions = self._columns.token_positions(sequence)
         return layer_of(layer_idx, layer.keys[sequence], layer.values[sequence], positions, valid)
 
+    # Snapshots
+
+    def to_snapshot(self, sequence: int | None = None) -> Snapshot:
+        """A copy of one sequence: what is held of it, and what the policy remembers.
+
+        Args:
+            sequence: index in the batch; may be left out if there is only one.
+
+        Raises:
+            ConfigError: nothing is held yet, the prompt is not complete, a sequence has to be
+                named, or the model cannot be identified (pass `model_id` to `KVCache`).
+        """
+        self._commit_open(0)
+        if self._columns.batch == 0 or self._in_prefill:
+            raise ConfigError("a snapshot needs a complete prompt: see KVCache.end_prefill")
+        if sequence is None:
+            if self._columns.batch > 1:
+                raise ConfigError(f"which of the {self._columns.batch} sequences? to_snapshot(0)")
+            sequence = 0
+        held = [
+            self.layer_kv(index, sequence) if isinstance(layer, EvictableLayer) else None
+            for index, layer in enumerate(self.layers)
+        ]
+        return snapshot_of(self.spec, self.method, self.layers, held, self._columns, sequence)
+
+    @classmethod
+    def from_snapshot(
+        cls,
+        model: "PreTrainedModel",
+        snapshot: Snapshot,
+        *,
+        codec: str | None = None,
+        model_id: str | None = None,
+    ) -> Self:
+        """A cache of one sequence that goes on where the snapshot was taken.
+
+        Raises:
+            ConfigError: it was taken from another model.
+        """
+        cache = cls(model, snapshot.method, codec=codec, model_id=model_id)
+        if cache.spec != snapshot.block.spec:
+            raise ConfigError(
+                f"the snapshot is of model {snapshot.block.spec.model_id!r} "
+                f"({snapshot.block.spec.dtype}), this one is {cache.spec.model_id!r} "
+                f"({cache.spec.dtype})"
+            )
+        cache._columns = restored_columns(snapshot, model.device)
+        fill_from_snapshot(cache.layers, snapshot, model.device)
+        cache._in_prefill = False
+        return cache
+
+    def save(self, store: SnapshotStore, input_ids: Tensor, sequence: int | None = None) -> int:
+        """Store a sequence, encoded with this cache's codec or else the store's.
+
+        Args:
+            store: a `KVStore`.
+            input_ids: int [n] or [1, n]: all tokens the cache has seen of the sequence, without
+                padding. After `generate` these are all but the last one it returned.
+            sequence: see `to_snapshot`.
+
+        Returns:
+            Bytes of the record, 0 if there was no room for it.
+        """
+        snapshot = self.to_snapshot(sequence)
+        return store.put_snapshot(input_ids.flatten(), snapshot, codec=self.codec) or 0
+
+    @classmethod
+    def load(
+        cls,
+        model: "PreTrainedModel",
+        store: SnapshotStore,
+        input_ids: Tensor,
+        policy: str | Policy = "full",
+        *,
+        codec: str | None = None,
+        model_id: str | None = None,
+    ) -> Self | None:
+        """The cache that `save` has stored for these tokens under this method; None for a miss."""
+        wanted = cls(model, policy, codec=codec, model_id=model_id)
+        tokens = input_ids.flatten()
+        found = store.load_snapshot(wanted.spec, tokens, wanted.method, codec=wanted.codec)
+        if found is None:
+            return None
+        return cls.from_snapshot(model, found, codec=wanted.codec, model_id=model_id)
+
+    @cached_property
+    def spec(self) -> KVSpec:
+        """The model's spec.
+
+        Raises:
+            ConfigError: the model's weights cannot be identified (pass `model_id`).
+        """
+        return spec_for_model(self._model, model_id=self.model_id)
+
     # A forward pass, as the hooks report it
 
     def begin_forward(self, decoder: nn.Module, arguments: dict[str, Any]) -> None:
@@ -202,7 +256,7 @@ class KVCache(Cache):
                 layer.states = [LayerState() for _ in new.positions]
         chunk = self.prefill_chunk_size
         self._whole_chunk = chunk is not None and new.num >= chunk
-        self._forward = _Forward(
+        self._forward = Forward(
             new,
             is_step=not self._in_prefill,
             ends_prefill=self._in_prefill and not self._whole_chunk,
@@ -251,7 +305,7 @@ class KVCache(Cache):
                 f"{type(call.module).__name__} changes keys after caching them, or layer {index} "
                 "reads the keys of another layer: KVCache does not support this model"
             )
-        logits = self._logits(index, call)
+        logits = call.logits()
         if layer.rows is None:
             keys, values = layer.grow()
             output, _ = call.original(
@@ -264,17 +318,6 @@ class KVCache(Cache):
         if not self.record_past and not self._needs.whole_model:
             self._commit([layer], forward, [0] * self._columns.batch)
         return output
-
-    @staticmethod
-    def _logits(index: int, call: AttentionCall) -> Logits:
-        options = call.options
-        if options.get("position_bias") is not None:
-            raise ConfigError(f"layer {index} adds a position bias, which KVCache does not support")
-        return Logits(
-            scale=options.get("scaling"),
-            softcap=options.get("softcap"),
-            sinks=options.get("s_aux"),
-        )
 
     @torch.no_grad()
     def _observe(self, layer: EvictableLayer, row: int, query: Tensor, logits: Logits) -> None:
@@ -343,68 +386,12 @@ class KVCache(Cache):
 
     # Decisions
 
-    @torch.no_grad()
     def _commit(
-        self, layers: Sequence[EvictableLayer], forward: _Forward, removed: Sequence[int]
+        self, layers: Sequence[EvictableLayer], forward: Forward, removed: Sequence[int]
     ) -> None:
-        """Show layers to the policy and carry its plans out.
-
-        Args:
-            layers: all of them if the policy decides for the whole model, else any.
-            forward: the pass that is done.
-            removed: tokens of it that each sequence has lost again.
-        """
-        chosen: list[list[Plans]] = [[] for _ in layers]
-        for row in range(self._columns.batch):
-            views = [self._view(layer, row, forward, removed[row]) for layer in layers]
-            if not forward.is_step:
-                for view in views:
-                    self.policy.on_prefill_chunk(view)
-            together = [views] if self._needs.whole_model else [[view] for view in views]
-            plans: list[Plans] = [() for _ in views]
-            if forward.ends_prefill:
-                plans = [plan for part in together for plan in self.policy.on_prefill_end(part)]
-            elif forward.is_step:
-                plans = [plan for part in together for plan in self.policy.on_step(part)]
-            for mine, plan in zip(chosen, plans, strict=True):
-                mine.append(plan)
-        for layer, mine in zip(layers, chosen, strict=True):
-            self._carry_out(layer, mine)
-
-    def _view(self, layer: EvictableLayer, row: int, forward: _Forward, removed: int) -> LayerView:
-        held = self.layer_kv(layer.layer_idx, row)
-        state = layer.rows[row].state if layer.rows is not None else layer.states[row]
-        new = forward.new.tokens(row) - removed
-        extend_entries(state, [n - new for n in held.lengths], held)
-        in_prompt = not forward.is_step and not forward.ends_prefill
-        seen = self._signals.collect(layer.layer_idx, row, held, removed, in_prompt=in_prompt)
-        return LayerView(
-            layer=held,
-            state=state,
-            num_new=new,
-            num_prompt=self._columns.prompt[row],
-            num_seen=self._columns.seen[row],
-            column_sums=seen.column_sums,
-            window_sums=seen.window_sums,
+        self._decisions.commit(
+            layers, forward, removed, self._columns, self._signals, self.layer_kv
         )
-
-    def _carry_out(self, layer: EvictableLayer, plans: Sequence[Plans]) -> None:
-        if not any(plans):
-            return
-        if layer.rows is None:
-            rows = []
-            for row in range(self._columns.batch):
-                held = LayerRow(self.layer_kv(layer.layer_idx, row), layer.states[row])
-                rows.append(held if plans[row] else held.fork())  # nothing may hold the batch
-            layer.rows, layer.states = rows, []
-            for held, mine in zip(rows, plans, strict=True):
-                if mine:
-                    held.apply(mine, self._ropes[layer.layer_idx])
-            layer.keys = layer.values = None
-            return
-        for held, mine in zip(layer.rows, plans, strict=True):
-            if mine:
-                held.apply(mine, self._ropes[layer.layer_idx])
 
     def end_prefill(self) -> None:
         """Say that the prompt is complete: what the policy drops goes now."""
@@ -413,7 +400,7 @@ class KVCache(Cache):
         if not self._in_prefill or columns.batch == 0:
             return
         nothing = NewColumns(0, None, torch.zeros(columns.batch, 0, dtype=torch.int32))
-        last = _Forward(nothing, is_step=False, ends_prefill=True)
+        last = Forward(nothing, is_step=False, ends_prefill=True)
         self._commit(self._evictable, last, [0] * columns.batch)
         self._in_prefill = False
 
@@ -494,9 +481,7 @@ class KVCache(Cache):
         for layer in self._evictable:
             layer.take_sequences(beam_idx)
         for layer in self._sliding:
-            if layer.keys is not None and layer.values is not None:
-                layer.keys = layer.keys.index_select(0, beam_idx.to(layer.keys.device))
-                layer.values = layer.values.index_select(0, beam_idx.to(layer.values.device))
+            layer.reorder_cache(beam_idx)
         self._columns.take(order)
         self._signals.take(order)
 

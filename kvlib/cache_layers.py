@@ -13,18 +13,24 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers import DynamicCache
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
 
 from kvlib.blocks import SYNTHETIC, LayerKV, Row
 from kvlib.errors import ConfigError
 from kvlib.eviction.base import LayerState, Plans
+from kvlib.model_spec import layer_specs
 from kvlib.plans import Demote, KeepTokens, apply_plan
 from kvlib.spec import RopeSpec
 
-__all__ = ["EvictableLayer", "LayerRow", "extend_entries", "layer_of"]
+__all__ = ["EvictableLayer", "LayerRow", "extend_entries", "layer_of", "make_layers"]
 
 SLACK = 64
-"""Entries that a growing row allocates ahead, so that most steps copy nothing."""
+"""Most entries that a growing row allocates ahead, so that most steps copy nothing."""
 
 
 class LayerRow:
@@ -77,7 +83,7 @@ class LayerRow:
         # A tensor made in inference mode cannot be written to outside of it.
         frozen = layer.keys.is_inference() and not torch.is_inference_mode_enabled()
         if buffers is None or buffers[0].shape[1] < new or frozen:
-            size = new + (0 if self._shrinks else SLACK)
+            size = new if self._shrinks else new + min(SLACK, new // 16 + 1)
             heads = layer.num_kv_heads
             buffers = (
                 layer.keys.new_empty(heads, size, keys.shape[-1]),
@@ -293,6 +299,11 @@ class EvictableLayer(CacheLayerMixin):
         self.pending = key_states, value_states
         return key_states, value_states
 
+    def fall_apart(self, rows: list[LayerRow]) -> None:
+        """Hold these rows from now on, instead of the whole batch."""
+        self.rows, self.states = rows, []
+        self.keys = self.values = None
+
     def grow(self) -> tuple[Tensor, Tensor]:
         """Join the pending keys and values to a whole layer; returns all of them."""
         assert self.pending is not None  # noqa: S101
@@ -337,6 +348,30 @@ class EvictableLayer(CacheLayerMixin):
             self.rows = _take(self.rows, order)
         else:
             self.states = _take(self.states, order)
+
+
+def make_layers(cache: Any, config: Any) -> list[Any]:
+    """Empty layers for a model with this (text) config: ours, and transformers' sliding ones.
+
+    Raises:
+        ConfigError: a layer of another kind, by name.
+    """
+    kinds = [str(spec.kind) for spec in layer_specs(config)]
+    made: list[Any] = []
+    for index, layer in enumerate(DynamicCache(config=config).layers):
+        if type(layer) is DynamicLayer and kinds[index] == "full":
+            made.append(EvictableLayer(cache, index))
+        elif type(layer) is DynamicSlidingWindowLayer and not getattr(
+            config, "attention_chunk_size", None
+        ):
+            made.append(layer)
+        else:
+            raise ConfigError(
+                "KVCache supports layers with full and sliding-window attention; layer "
+                f"{index} of this {config.model_type!r} model is of kind {kinds[index]} "
+                f"({type(layer).__name__})"
+            )
+    return made
 
 
 T = TypeVar("T", LayerRow, LayerState)

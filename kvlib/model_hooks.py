@@ -23,6 +23,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from kvlib.attention import Logits
 from kvlib.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -59,6 +60,21 @@ class AttentionCall:
     mask: Tensor | None
     options: dict[str, Any]
     original: Callable[..., tuple[Tensor, Tensor | None]]
+
+    def logits(self) -> Logits:
+        """How the layer makes logits.
+
+        Raises:
+            ConfigError: it adds a position bias.
+        """
+        if self.options.get("position_bias") is not None:
+            name = type(self.module).__name__
+            raise ConfigError(f"{name} adds a position bias, which KVCache does not support")
+        return Logits(
+            scale=self.options.get("scaling"),
+            softcap=self.options.get("softcap"),
+            sinks=self.options.get("s_aux"),
+        )
 
 
 class HookedCache(Protocol):

@@ -318,11 +318,7 @@ def _append(rows: Sequence[Row], plan: AppendToken, layer_idx: int) -> list[Row]
             raise ShapeError(f"layer {layer_idx}: AppendToken names KV head {head} of {len(rows)}")
         row = rows[head]
         bias = math.log(plan.mass[i]) if plan.bias is None else float(plan.bias[i])
-        old = (
-            torch.zeros(len(row.positions), device=row.keys.device)
-            if row.log_weight is None
-            else row.log_weight
-        )
+        old = row.weights()
         out[head] = Row(
             torch.cat([row.keys, plan.keys[i : i + 1].to(row.keys)]),
             torch.cat([row.values, plan.values[i : i + 1].to(row.values)]),

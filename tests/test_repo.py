@@ -231,13 +231,15 @@ def test_modules_stay_short(path):
 # Direction of imports
 
 FLOORS = (
-    {"blocks", "budget", "errors", "keys", "plans", "registry", "spec"},
+    {"blocks", "budget", "errors", "keys", "plans", "registry", "snapshots", "spec"},
     {"attention", "codecs", "eviction", "kernels", "store"},
     {
         "cache",
         "cache_columns",
+        "cache_decisions",
         "cache_layers",
         "cache_signals",
+        "cache_snapshots",
         "model_hooks",
         "model_spec",
         "prefix",
@@ -246,7 +248,15 @@ FLOORS = (
     {"cli", "connectors", "demo", "evals", "kvlib", "testing"},
 )
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
-DECISIONS = {"attention", "cache", "cache_columns", "cache_layers", "cache_signals", "eviction"}
+DECISIONS = {
+    "attention",
+    "cache",
+    "cache_columns",
+    "cache_layers",
+    "cache_signals",
+    "cache_snapshots",
+    "eviction",
+}
 BYTES = {"codecs", "connectors", "store"}
 
 

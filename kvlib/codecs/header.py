@@ -95,6 +95,11 @@ class SectionKind(IntEnum):
     """uint32 of every head; present only when heads differ in length."""
     CODEC = 7
     """Side information that only the codec reads."""
+    STATE = 8
+    """What an eviction policy remembers (`kvlib.codecs.state`); of the whole block."""
+
+
+_OF_WHOLE_BLOCK = (SectionKind.CODEC, SectionKind.STATE)
 
 
 class SectionFlag(IntFlag):
@@ -432,8 +437,14 @@ def _parse_sections(
             raise CorruptDataError(
                 f"section at {offset} of {stored} bytes: sections must tile the container in order"
             )
-        if layer_idx == WHOLE_BLOCK and kind != SectionKind.CODEC:
-            raise CorruptDataError(f"a section of kind {kind} cannot belong to the whole block")
+        whole = layer_idx == WHOLE_BLOCK
+        if (whole and kind not in _OF_WHOLE_BLOCK) or (not whole and kind == SectionKind.STATE):
+            raise CorruptDataError(
+                f"a section of kind {kind} cannot belong to "
+                f"{'the whole block' if whole else f'layer {layer_idx}'}"
+            )
+        if kind == SectionKind.STATE and (stored != raw or flags != SectionFlag.RAW):
+            raise CorruptDataError("policy state is stored as it is, with the flag RAW")
         if kind not in SectionKind._value2member_map_ or flags & ~int(SectionFlag.RAW):
             raise IncompatibleDataError(f"section of unknown kind {kind} or flags {flags:#x}")
         if (kind, layer_idx) in seen:

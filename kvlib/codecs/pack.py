@@ -52,6 +52,7 @@ def encode_block(
     head_range: tuple[int, int] | None = None,
     alignment: int = 8,
     mac_key: bytes | None = None,
+    state: bytes | None = None,
 ) -> list[Buffer]:
     """Encode a block as a container, returned in pieces (`b"".join(...)` makes one bytes object).
 
@@ -66,6 +67,7 @@ def encode_block(
         head_range: KV heads [first, last) that the block holds, None for all.
         alignment: see `kvlib.codecs.container.build_container`.
         mac_key: see there.
+        state: bytes of the STATE section, None for none.
 
     Raises:
         UnsupportedInputError: the codec cannot represent the block.
@@ -79,6 +81,11 @@ def encode_block(
     sections[WHOLE_BLOCK] = []  # last
     for section in codec.encode(block):
         sections[section.layer_idx].append(section)
+    if state is not None:
+        raw = SectionFlag.RAW
+        sections[WHOLE_BLOCK].append(
+            Section(SectionKind.STATE, WHOLE_BLOCK, len(state), (state,), raw)
+        )
     explicit = False
     for layer in block.layers:
         extra = _side_sections(layer)

@@ -23,28 +23,36 @@ from time import monotonic
 from typing import Self
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from kvlib.blocks import KVBlock, LayerKV
+from kvlib.blocks import KVBlock
 from kvlib.codecs import Codec, build_codec, codec_from_canonical
 from kvlib.codecs.base import describe_codec
 from kvlib.codecs.container import Container
 from kvlib.codecs.pack import decode_block, encode_block
-from kvlib.errors import CapacityError, CodecError, ConfigError, ShapeError, StoreClosedError
-from kvlib.keys import BLOCK_TOKENS, BlockKey, Extra, StoreKey, TokenIds, block_keys
+from kvlib.errors import (
+    CapacityError,
+    CodecError,
+    ConfigError,
+    CorruptDataError,
+    ShapeError,
+    StoreClosedError,
+)
+from kvlib.keys import BLOCK_TOKENS, BlockKey, Extra, StoreKey, TokenIds, block_keys, snapshot_key
+from kvlib.snapshots import Snapshot
 from kvlib.spec import EXACT, KVSpec, LayerKind, storage_fingerprint
 from kvlib.store.directory import Directory, Found
 from kvlib.store.files import FileStore
 from kvlib.store.flight import SingleFlight
 from kvlib.store.memory import MemoryTier
+from kvlib.store.records import BLOCKS_PER_RECORD, allocate, groups_to_write, is_dense
 from kvlib.store.reports import Loaded, PutReport, StoreStats
 from kvlib.store.sizes import parse_bytes
+from kvlib.store.snapshots import decode_snapshot, encode_snapshot, snapshot_record_key
 from kvlib.store.tier import CheckReport, Tier
 
 __all__ = ["BLOCKS_PER_RECORD", "KVStore", "Loaded", "PutReport", "StoreStats"]
 
-BLOCKS_PER_RECORD = 4
 _KINDS = (LayerKind.FULL, LayerKind.SLIDING, LayerKind.MLA)
 
 
@@ -171,7 +179,7 @@ class KVStore:
         spec.require(_KINDS, "KVStore")
         run = self._directory.run(self._identities(spec, accept), keys)
         total = sum(found.count for found in run) * BLOCK_TOKENS
-        out = _allocate(spec, total)
+        out = allocate(spec, total)
         tasks = [self._pool.submit(self._load_record, spec, found, out, deadline) for found in run]
         arrived: list[tuple[Found, int]] = []
         for found, task in zip(run, tasks, strict=True):
@@ -235,7 +243,7 @@ class KVStore:
                 raise ShapeError(
                     f"record of {len(block.layers)} layers, expected {spec.num_layers}"
                 )
-            if any(not _is_dense(layer) for layer in block.layers):
+            if any(not is_dense(layer) for layer in block.layers):
                 raise ShapeError("record of evicted tokens under a prefix key")
             if not whole:
                 for layer, (k, v) in zip(block.slice(first, last).layers, out, strict=True):
@@ -307,7 +315,7 @@ class KVStore:
             or last > len(keys)
             or len(block.layers) != spec.num_layers
             or block.spec != spec
-            or not all(_is_dense(layer) for layer in block.layers)
+            or not all(is_dense(layer) for layer in block.layers)
         ):
             raise ShapeError(
                 f"cannot store tokens [{block.start}, {block.stop}) of {len(block.layers)} layers "
@@ -318,7 +326,7 @@ class KVStore:
         present, missing = self._present(identities, keys[:last], first)
         storage = identities[0][1]
         stored_blocks = dropped_blocks = stored_bytes = raw_bytes = 0
-        for group in reversed(_groups(missing)):
+        for group in reversed(groups_to_write(missing)):
             written = self._put_record(spec, keys, block, group, storage, fidelity)
             if written is None:
                 dropped_blocks += len(group)
@@ -378,6 +386,63 @@ class KVStore:
         written, _ = self._flight.run(("put", key), write)
         return written
 
+    # -- snapshots
+
+    def put_snapshot(
+        self, tokens: "TokenIds", snapshot: Snapshot, *, codec: str | None = None
+    ) -> int | None:
+        """Store one sequence of an evicted cache under its tokens and method.
+
+        Args:
+            tokens: [T]: every token that the snapshot stands for.
+            snapshot: from `KVCache.to_snapshot`.
+            codec: method string; the store's own codec by default.
+
+        Returns:
+            Bytes of the record; None if no tier took it.
+
+        Raises:
+            ShapeError: more or fewer tokens than the snapshot stands for.
+            UnsupportedInputError: the codec cannot represent it.
+        """
+        self._check_open()
+        chosen = self.codec if codec is None else build_codec(codec)
+        spec = snapshot.block.spec
+        if len(tokens) != snapshot.block.num_tokens:
+            raise ShapeError(
+                f"{len(tokens)} tokens given for a snapshot of {snapshot.block.num_tokens}"
+            )
+        name = snapshot_key(spec.fingerprint(), tokens, snapshot.method, salt=self.salt)
+        parts = encode_snapshot(snapshot, chosen, keys=(name,), mac_key=self._mac_key)
+        key = snapshot_record_key(spec, name, chosen)
+        held = [tier.put(key, parts) for tier in reversed(self._tiers)]
+        return sum(memoryview(p).nbytes for p in parts) if any(held) else None
+
+    def load_snapshot(
+        self, spec: KVSpec, tokens: "TokenIds", method: str, *, codec: str | None = None
+    ) -> Snapshot | None:
+        """The snapshot of exactly these tokens, method and codec; see `put_snapshot`.
+
+        Returns:
+            The verified snapshot; None if it is not there or cannot be read.
+        """
+        self._check_open()
+        chosen = self.codec if codec is None else build_codec(codec)
+        name = snapshot_key(spec.fingerprint(), tokens, method, salt=self.salt)
+        key = snapshot_record_key(spec, name, chosen)
+        data = self._read(key, None)
+        if data is None:
+            return None
+        try:
+            container = Container(data, mac_key=self._mac_key, verified=True)
+            if container.header.keys != (name,):
+                raise CorruptDataError("a record under the key of another snapshot")
+            return decode_snapshot(container, spec, method)
+        except (CodecError, ShapeError, CapacityError):
+            self._count(corrupt_records=1)
+            self._drop(key)
+            return None
+
     # -- upkeep
 
     def stats(self) -> StoreStats:
@@ -418,34 +483,3 @@ class KVStore:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-def _groups(missing: Sequence[int]) -> list[list[int]]:
-    """Blocks of each record to write: runs up to a chunk's end; of an unfinished chunk, singles."""
-    runs: list[list[int]] = []
-    for index in missing:
-        if not runs or index != runs[-1][-1] + 1 or index % BLOCKS_PER_RECORD == 0:
-            runs.append([])
-        runs[-1].append(index)
-    groups: list[list[int]] = []
-    for run in runs:
-        finished = (run[-1] + 1) % BLOCKS_PER_RECORD == 0
-        groups += [run] if finished else [[index] for index in run]
-    return groups
-
-
-def _is_dense(layer: LayerKV) -> bool:
-    """Whether a layer holds every token of its block, unchanged."""
-    plain = layer.log_weight is None and layer.channels is None
-    return plain and isinstance(layer.positions, range)
-
-
-def _allocate(spec: KVSpec, num_tokens: int) -> list[tuple[Tensor, Tensor]]:
-    dtype = getattr(torch, spec.dtype)
-    return [
-        (
-            torch.empty((layer.num_kv_heads, num_tokens, layer.k_head_dim), dtype=dtype),
-            torch.empty((layer.num_kv_heads, num_tokens, layer.v_head_dim), dtype=dtype),
-        )
-        for layer in spec.layers
-    ]

@@ -125,7 +125,7 @@ def kept_layers(spec):
 # container.md: header
 
 MAGIC = bytes.fromhex("894b564c430d0a1a")
-KEYS, VALUES, POSITIONS, LOG_WEIGHT, CHANNELS, ROW_LENGTHS, CODEC = range(1, 8)
+KEYS, VALUES, POSITIONS, LOG_WEIGHT, CHANNELS, ROW_LENGTHS, CODEC, STATE = range(1, 9)
 RAW = 1
 WHOLE = 65535
 DTYPES = {
@@ -207,8 +207,10 @@ def parse_sections(data, header, limit):
     layers = {layer["layer_idx"] for layer in header["layers"]}
     sections, seen, end = [], set(), header["header_bytes"]
     for kind, index, flags, offset, stored, raw, digest in struct.iter_unpack("<HHI3Q16s", data):
-        need(KEYS <= kind <= CODEC and flags <= RAW, "unknown section kind or flags", Foreign)
-        need(index in layers or (index == WHOLE and kind == CODEC), "a section of no layer")
+        need(KEYS <= kind <= STATE and flags <= RAW, "unknown section kind or flags", Foreign)
+        of_layer = index in layers and kind != STATE
+        need(of_layer or (index == WHOLE and kind in (CODEC, STATE)), "a section of no layer")
+        need(kind != STATE or (stored == raw and flags == RAW), "state is not raw")
         need((kind, index) not in seen, "a section occurs twice")
         need(offset == up(end), "a section does not begin where the one before ends")
         need(offset + stored <= header["total_bytes"], "a section leaves the container")

@@ -312,7 +312,7 @@ def test_unknown_sections():
     """Unknown kinds and flags of sections are refused."""
     data = build()
     first = header_size(data) - 8 - 48 * 4
-    for at, value in ((0, 8), (0, 0), (0, 65535), (4, 2), (4, 1 << 31)):
+    for at, value in ((0, 9), (0, 0), (0, 65535), (4, 2), (4, 1 << 31)):
         mutant = bytearray(data)
         struct.pack_into("<H" if at == 0 else "<I", mutant, first + at, value)
         with pytest.raises(IncompatibleDataError, match="unknown kind"):

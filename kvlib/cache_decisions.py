@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a policy's decisions are asked for and carried out."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kvlib.blocks import LayerKV
+from kvlib.cache_columns import Columns, NewColumns
+from kvlib.cache_layers import EvictableLayer, LayerRow, extend_entries
+from kvlib.cache_signals import Signals
+from kvlib.errors import ConfigError
+from kvlib.eviction import build_policy
+from kvlib.eviction.base import LayerView, Plans, Policy
+from kvlib.registry import parse_method
+from kvlib.spec import RopeSpec
+
+__all__ = ["Decisions", "Forward", "read_policy"]
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """One forward pass.
+
+    Attributes:
+        new: its columns.
+        is_step: whether the prompt was complete before it.
+        ends_prefill: whether the prompt is complete after it.
+    """
+
+    new: NewColumns
+    is_step: bool
+    ends_prefill: bool
+
+
+def read_policy(policy: str | Policy, codec: str | None) -> tuple[Policy, str | None]:
+    """The policy object and the codec's method string.
+
+    Raises:
+        ConfigError: two codecs, or several policies.
+        UnknownPluginError: no such policy.
+    """
+    if not isinstance(policy, str):
+        return policy, codec
+    method = parse_method(policy)
+    if method.codec is not None:
+        if codec is not None:
+            raise ConfigError(f"two codecs: {method.codec} in the method and codec={codec!r}")
+        codec = str(method.codec)
+    if len(method.policies) > 1:
+        raise ConfigError(f"policies do not work together ('+') yet: {policy!r}")
+    return build_policy(method.policies[0] if method.policies else "full"), codec
+
+
+class Decisions:
+    """One policy at work on one cache.
+
+    Args:
+        policy: decides.
+        ropes: rotary embedding of each layer of the model.
+    """
+
+    def __init__(self, policy: Policy, ropes: Sequence[RopeSpec | None]) -> None:
+        self.policy = policy
+        self._whole_model = policy.needs.whole_model
+        self._ropes = ropes
+
+    @torch.no_grad()
+    def commit(
+        self,
+        layers: Sequence[EvictableLayer],
+        forward: Forward,
+        removed: Sequence[int],
+        columns: Columns,
+        signals: Signals,
+        held: Callable[[int, int], LayerKV],
+    ) -> None:
+        """Show layers to the policy and carry its plans out.
+
+        Args:
+            layers: all of them if the policy decides for the whole model, else any.
+            forward: the pass that is done.
+            removed: tokens of it that each sequence has lost again.
+            columns: of the cache.
+            signals: what was observed.
+            held: gives a layer of a sequence.
+        """
+        chosen: list[list[Plans]] = [[] for _ in layers]
+        for row in range(columns.batch):
+            views = [
+                self._view(layer, row, forward, removed[row], columns, signals, held)
+                for layer in layers
+            ]
+            if not forward.is_step:
+                for view in views:
+                    self.policy.on_prefill_chunk(view)
+            together = [views] if self._whole_model else [[view] for view in views]
+            plans: list[Plans] = [() for _ in views]
+            if forward.ends_prefill:
+                plans = [plan for part in together for plan in self.policy.on_prefill_end(part)]
+            elif forward.is_step:
+                plans = [plan for part in together for plan in self.policy.on_step(part)]
+            for mine, plan in zip(chosen, plans, strict=True):
+                mine.append(plan)
+        for layer, mine in zip(layers, chosen, strict=True):
+            if any(mine):
+                self._carry_out(layer, mine, held)
+
+    @staticmethod
+    def _view(
+        layer: EvictableLayer,
+        row: int,
+        forward: Forward,
+        removed: int,
+        columns: Columns,
+        signals: Signals,
+        held: Callable[[int, int], LayerKV],
+    ) -> LayerView:
+        kv = held(layer.layer_idx, row)
+        state = layer.rows[row].state if layer.rows is not None else layer.states[row]
+        new = forward.new.tokens(row) - removed
+        extend_entries(state, [n - new for n in kv.lengths], kv)
+        in_prompt = not forward.is_step and not forward.ends_prefill
+        seen = signals.collect(layer.layer_idx, row, kv, removed, in_prompt=in_prompt)
+        return LayerView(
+            layer=kv,
+            state=state,
+            num_new=new,
+            num_prompt=columns.prompt[row],
+            num_seen=columns.seen[row],
+            column_sums=seen.column_sums,
+            window_sums=seen.window_sums,
+        )
+
+    def _carry_out(
+        self,
+        layer: EvictableLayer,
+        plans: Sequence[Plans],
+        held: Callable[[int, int], LayerKV],
+    ) -> None:
+        rows = layer.rows
+        if rows is None:
+            whole = [
+                LayerRow(held(layer.layer_idx, row), state)
+                for row, state in enumerate(layer.states)
+            ]
+            # Nothing may go on holding the batch's tensors: what no plan copies is copied here.
+            rows = [row if mine else row.fork() for row, mine in zip(whole, plans, strict=True)]
+        for row, mine in zip(rows, plans, strict=True):
+            if mine:
+                row.apply(mine, self._ropes[layer.layer_idx])
+        layer.fall_apart(rows)
