@@ -227,11 +227,7 @@ class KVCache(Cache):
 
     @cached_property
     def spec(self) -> KVSpec:
-        """The model's spec.
-
-        Raises:
-            ConfigError: the model's weights cannot be identified (pass `model_id`).
-        """
+        """The model's spec; a ConfigError if its weights cannot be identified (`model_id`)."""
         return spec_for_model(self._model, model_id=self.model_id)
 
     # A forward pass, as the hooks report it

@@ -37,21 +37,31 @@ def demo(
     codecs: Annotated[
         str, typer.Option(help="Codecs to compare, separated by ';'.")
     ] = "exact;int8;int4",
+    policies: Annotated[
+        str, typer.Option(help="Eviction policies to compare, separated by ';'.")
+    ] = "streaming;snapkv;h2o",
+    budgets: Annotated[
+        str, typer.Option(help="Fractions of the context they keep, separated by ';'.")
+    ] = "0.5;0.25",
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate for the answer.")] = 32,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of torch; all cores by default.")
     ] = None,
     keep: Annotated[bool, typer.Option(help="Keep the stored blocks beside the report.")] = False,
 ) -> None:
-    """Prefill a long prompt once, store it with each codec, answer from it in a second process."""
+    """Store a long prompt with each codec, answer from it in a second process, compare policies."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads; see kvlib.demo.run
     from kvlib.demo import run_demo
 
-    methods = tuple(text.strip() for text in codecs.split(";") if text.strip())
+    def items(text: str) -> tuple[str, ...]:
+        return tuple(item.strip() for item in text.split(";") if item.strip())
+
     run_demo(
         out=out,
         num_tokens=tokens,
-        codecs=methods,
+        codecs=items(codecs),
+        policies=items(policies),
+        budgets=items(budgets),
         new_tokens=new_tokens,
         threads=threads,
         keep=keep,
@@ -61,12 +71,17 @@ def demo(
 
 @app.command("list")
 def list_plugins() -> None:
-    """Print every registered codec and tier."""
+    """Print every registered policy, codec and tier."""
     from kvlib.codecs import CODECS, build_codec
+    from kvlib.eviction import POLICIES, build_policy
     from kvlib.registry import describe
     from kvlib.store import TIERS
 
     table = Table("family", "name", "status", "lossless", "with its defaults")
+    table.columns[-1].overflow = "fold"
+    for name in POLICIES.names():
+        policy = build_policy(name)
+        table.add_row("policy", name, policy.status, "", describe(policy))
     for name in CODECS.names():
         codec = build_codec(name)
         table.add_row(

@@ -28,6 +28,7 @@ _CODES = {
 }
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 MAX_DIMENSIONS = 4
+MAX_SIZE = 1 << 31
 
 
 def encode_state(state: Mapping[str, Tensor]) -> bytes:
@@ -77,7 +78,7 @@ def decode_state(data: Buffer) -> dict[str, Tensor]:
             at += 8 * dims
             dtype = _DTYPES[code]
             size = math.prod(shape) * dtype.itemsize
-            if size > len(view) - at:
+            if size > len(view) - at or max(shape, default=0) > MAX_SIZE:
                 raise CorruptDataError(
                     f"policy state {name!r:.80} claims {size} bytes of {len(view) - at} left"
                 )

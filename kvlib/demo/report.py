@@ -38,7 +38,10 @@ def write_report(data: dict[str, Any], out: Path) -> None:
     (out / "report.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     overview = _overview(data)
     (out / "report.svg").write_text(overview, encoding="utf-8")
-    page = _page(data, _inline(overview), _inline(_kl_plot(data)) if _lossy(data) else "")
+    evicted = _policy_plot(data["policies"])
+    (out / "policies.svg").write_text(evicted, encoding="utf-8")
+    kl = _inline(_kl_plot(data)) if _lossy(data) else ""
+    page = _page(data, _inline(overview), kl, _inline(evicted))
     (out / "report.html").write_text(page, encoding="utf-8")
 
 
@@ -114,7 +117,74 @@ def _inline(svg: str) -> str:
     return svg.replace(_TEXT, "currentColor").replace("fill: #ffffff", "fill: none")
 
 
-def _page(data: dict[str, Any], overview: str, kl: str) -> str:
+def _policy_plot(data: dict[str, Any]) -> str:
+    """Bytes held against divergence: filled alone, hollow piped into a codec."""
+    figure, (axis,) = _figure(9.2, 3.4)
+    families = dict.fromkeys(row["method"].partition(":")[0] for row in data["rows"])
+    for family, color in zip(families, _LINES * len(families), strict=False):
+        rows = [row for row in data["rows"] if row["method"].partition(":")[0] == family]
+        for piped, marker in ((False, color), (True, "none")):
+            x = [row["piped"]["bytes"] if piped else row["held_bytes"] for row in rows]
+            y = [row["piped"]["kl_mean"] if piped else row["kl_mean"] for row in rows]
+            drawn = [(a / 2**20, b) for a, b in zip(x, y, strict=True) if b > 1e-9]
+            label = f"{family} | {data['codec']}" if piped else family
+            if drawn:
+                axis.plot(
+                    *zip(*drawn, strict=True),
+                    marker="o",
+                    color=color,
+                    markerfacecolor=marker,
+                    linewidth=0.8,
+                    linestyle=":" if piped else "-",
+                    label=label,
+                )
+    full = data["rows"][0]["held_bytes"] / 2**20
+    axis.axvline(full, color=_BASE, linewidth=1)
+    axis.annotate(
+        " full cache", (full, 1), xycoords=("data", "axes fraction"), color=_BASE, va="top"
+    )
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("{x:g}")
+    axis.set_xlabel(f"MiB held of {data['context_tokens']:,} tokens", color=_TEXT)
+    axis.set_ylabel("mean KL, nats", color=_TEXT)
+    axis.legend(frameon=False, labelcolor=_TEXT, bbox_to_anchor=(1.01, 1), loc="upper left")
+    return _svg(figure, "white")
+
+
+def _policy_part(data: dict[str, Any], plot: str) -> str:
+    lines = []
+    for row in data["rows"]:
+        piped = row["piped"]
+        cells = (
+            html.escape(row["method"]),
+            f"{row['held_bytes'] / 2**20:.1f}",
+            f"{row['held_share']:.1%}",
+            f"{row['kl_mean']:.1e}",
+            f"{row['top1_agreement']:.1%}",
+            f"{row['prefill_s']:.2f} s",
+            f"{row['decode_median_s'] * 1e3:.0f} ms",
+            f"{piped['bytes'] / 2**20:.1f}",
+            f"{piped['kl_mean']:.1e}",
+            f"{piped['top1_agreement']:.1%}",
+        )
+        lines.append("<tr>" + "".join(f"<td>{cell}" for cell in cells))
+    codec = html.escape(data["codec"])
+    return f"""<h2>What eviction policies hold and change</h2>
+<p>Each policy read {data["context_tokens"]:,} tokens, and was then given the
+{data["continuation_tokens"]} tokens that follow in the text, in one forward pass; KL and top-1
+compare its next-token distributions with those of the full cache. It was not asked a question, so
+this shows what it costs to forget text, not whether an answer is found. Bytes are those of the
+tensors held right after the prefill. Piped: the evicted cache was encoded with {codec} and decoded
+again. Times are of one prefill and the median of single-token steps.</p>
+<div class=wide>{plot}</div>
+<div class=wide><table><thead><tr><th>method<th>MiB<th>held<th>KL<th>top-1<th>prefill<th>step
+<th>| {codec}, MiB<th>KL<th>top-1</thead><tbody>{"".join(lines)}</tbody></table></div>
+"""
+
+
+def _page(data: dict[str, Any], overview: str, kl: str, evicted: str) -> str:
     rows = data["codecs"]
     first = rows[0]
     best = min(rows, key=lambda row: row["stored_bytes"])
@@ -150,6 +220,7 @@ fewer bytes than the cache in {html.escape(data["model"]["dtype"])}.</p>
 <h2>The answer, from the second process</h2>
 <blockquote>{html.escape(first["answer_text"].strip())}</blockquote>
 {kl_part}
+{_policy_part(data["policies"], evicted)}
 <h2>How it was measured</h2>
 <p>The first process ran the model over {tokens} tokens of Python's help topics
 ({data["prefill"]["seconds"]:.1f} s) and stored the keys and values with each codec. For each codec

@@ -24,9 +24,11 @@ from rich.table import Table
 
 from kvlib.codecs import build_codec
 from kvlib.demo.model import demo_prompt, load_folder, smollm2_folder
+from kvlib.demo.policies import compare_policies, methods_of, short_method
 from kvlib.demo.report import write_report
 from kvlib.demo.worker import kv_digests
 from kvlib.errors import KVLibError
+from kvlib.eviction import build_policy
 from kvlib.keys import BLOCK_TOKENS
 from kvlib.prefix import PrefixCache
 from kvlib.store.store import KVStore
@@ -56,6 +58,9 @@ def run_demo(
     out: Path,
     num_tokens: int = 4096,
     codecs: Sequence[str] = ("exact", "int8", "int4"),
+    policies: Sequence[str] = ("streaming", "snapkv", "h2o"),
+    budgets: Sequence[str] = ("0.5", "0.25"),
+    policy_codec: str = "int8",
     new_tokens: int = 32,
     repeats: int = 7,
     threads: int | None = None,
@@ -69,6 +74,9 @@ def run_demo(
         out: folder of the reports, made if missing.
         num_tokens: tokens of the shared prefix, rounded down to whole blocks.
         codecs: method strings to compare; the first is also timed against recomputation.
+        policies: eviction policies to compare at every budget.
+        budgets: fractions of the context that they keep.
+        policy_codec: codec that evicted caches are piped into.
         new_tokens: tokens of the answer.
         repeats: restored answers that are timed.
         threads: threads of torch in both processes; all cores by default.
@@ -85,7 +93,10 @@ def run_demo(
     torch.set_num_threads(threads)
     torch.manual_seed(SEED)
     num_tokens = num_tokens // BLOCK_TOKENS * BLOCK_TOKENS
-    for codec in codecs:
+    methods = methods_of(policies, budgets)
+    for method in methods:
+        build_policy(method)
+    for codec in (*codecs, policy_codec):
         build_codec(codec)  # a typo is an error now, not after the prefill
     out.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="kvlib-demo-"))
@@ -98,7 +109,7 @@ def run_demo(
         )
         with Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as progress:
             data = _Steps(work, progress, num_tokens, threads, model_folder).run(
-                tuple(codecs), new_tokens, repeats
+                tuple(codecs), (methods, policy_codec), new_tokens, repeats
             )
         if keep:
             shutil.rmtree(out / "store", ignore_errors=True)
@@ -123,7 +134,13 @@ class _Steps:
         self._threads = threads
         self._folder = folder
 
-    def run(self, codecs: tuple[str, ...], new_tokens: int, repeats: int) -> dict[str, Any]:
+    def run(
+        self,
+        codecs: tuple[str, ...],
+        policies: tuple[list[str], str],
+        new_tokens: int,
+        repeats: int,
+    ) -> dict[str, Any]:
         """Everything that goes into report.json but the total time."""
         step = self._progress.add_task("Loading SmolLM2-135M-Instruct", total=None, note="")
         folder = self._folder or smollm2_folder()
@@ -153,11 +170,14 @@ class _Steps:
             )
             self._done(step, f"first token after {statistics.median(row['first_token_s']):.2f} s")
         _relate(rows)
+        context = prefix_ids[: max(self._num_tokens // 2, BLOCK_TOKENS)]
+        follow = prefix_ids[len(context) : len(context) + CONTINUATION_TOKENS] or continuation
+        evicted = self._evict(model, context, follow, policies)
         spec = rows[0].pop("spec")
         for row in rows[1:]:
             row.pop("spec")
         return {
-            "schema": "kvlib-demo/1",
+            "schema": "kvlib-demo/2",
             "arguments": {
                 "num_tokens": self._num_tokens,
                 "codecs": list(codecs),
@@ -176,7 +196,28 @@ class _Steps:
             "question_tokens": len(question),
             "continuation_tokens": len(continuation),
             "codecs": rows,
+            "policies": {
+                "context_tokens": len(context),
+                "continuation_tokens": len(follow),
+                "codec": policies[1],
+                "rows": evicted,
+            },
         }
+
+    def _evict(
+        self, model: Any, context: list[int], follow: list[int], policies: tuple[list[str], str]
+    ) -> list[dict[str, Any]]:
+        """What each policy holds and changes."""
+        steps: dict[str, Any] = {}
+
+        def tick(method: str, note: str) -> None:
+            if note:
+                self._done(steps[method], note)
+            else:
+                text = f"Evicting {len(context)} tokens with {method}"
+                steps[method] = self._progress.add_task(text, total=None, note="")
+
+        return compare_policies(model, context, follow, policies[0], policies[1], progress=tick)
 
     def _store_all(
         self, model: Any, codecs: tuple[str, ...], ids: list[int], request: dict[str, Any]
@@ -266,7 +307,6 @@ def _relate(rows: list[dict[str, Any]]) -> None:
         row["first_token_median_s"] = statistics.median(row["first_token_s"])
         row["speedup"] = recomputed / row["first_token_median_s"]
         row["answer_equal"] = row["answer_ids"] == expected
-        row["kl_mean"] = statistics.fmean(row["kl_per_token"])
     rows[0]["recomputed_answer_ids"] = expected
 
 
@@ -312,6 +352,7 @@ def _show(data: dict[str, Any], out: Path, console: Console) -> None:
             f"{row['top1_agreement']:.1%}",
         )
     console.print(table)
+    _show_policies(data["policies"], console)
     first = rows[0]
     console.print(
         f"[bold]Answer from {first['codec']}:[/] {first['answer_text'].strip()}", highlight=False
@@ -326,3 +367,23 @@ def _show(data: dict[str, Any], out: Path, console: Console) -> None:
         f"({data['seconds_total']:.0f} s in all).",
         highlight=False,
     )
+
+
+def _show_policies(data: dict[str, Any], console: Console) -> None:
+    table = Table(title=f"{data['context_tokens']} tokens under each eviction policy")
+    for name in ("method", "MiB", "held", "KL", "top-1", "prefill", "step", "encoded", "KL, top-1"):
+        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
+    for row in data["rows"]:
+        piped = row["piped"]
+        table.add_row(
+            short_method(row["method"]),
+            f"{row['held_bytes'] / 2**20:.1f}",
+            f"{row['held_share']:.1%}",
+            f"{row['kl_mean']:.1e}" if row["kl_mean"] else "0",
+            f"{row['top1_agreement']:.1%}",
+            f"{row['prefill_s']:.1f} s",
+            f"{row['decode_median_s'] * 1e3:.0f} ms",
+            f"{piped['bytes'] / 2**20:.1f}",
+            f"{piped['kl_mean']:.1e} {piped['top1_agreement']:.1%}",
+        )
+    console.print(table)

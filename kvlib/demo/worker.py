@@ -17,6 +17,7 @@ import xxhash
 from torch import Tensor
 
 from kvlib.demo.model import load_folder
+from kvlib.demo.policies import divergence
 from kvlib.prefix import PrefixCache
 from kvlib.store.store import KVStore
 
@@ -113,13 +114,8 @@ def _compare_logits(model: Any, cache: Any, request: dict[str, Any]) -> dict[str
     reference = torch.from_numpy(np.load(request["reference_logits"], allow_pickle=False))
     continuation = torch.tensor([request["continuation_ids"]])
     logits = model(input_ids=continuation, past_key_values=cache, use_cache=True).logits[0]
-    full = reference.to(torch.float64).log_softmax(-1)
-    ours = logits.to(torch.float64).log_softmax(-1)
-    kl = (full.exp() * (full - ours)).sum(-1)
-    return {
-        "kl_per_token": kl.tolist(),
-        "top1_agreement": (full.argmax(-1) == ours.argmax(-1)).double().mean().item(),
-        "max_logit_difference": (reference - logits).abs().max().item(),
+    return divergence(reference, logits) | {
+        "max_logit_difference": (reference - logits).abs().max().item()
     }
 
 

@@ -101,16 +101,37 @@ def test_reports_are_complete_and_self_contained(demo):
     result, _ = demo
     data = json.loads((result.folder / "report.json").read_text())
     assert data == json.loads(json.dumps(result.data))
-    assert data["schema"] == "kvlib-demo/1"
+    assert data["schema"] == "kvlib-demo/2"
     assert data["environment"]["packages"]["torch"]
     assert data["arguments"]["seed"] == 0
     page = (result.folder / "report.html").read_text()
     assert "<script" not in page
     assert not re.search(r"(?:src|href)\s*=\s*[\"']?(?:https?:)?//", page.replace("xlink:", ""))
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 3
     for row in data["codecs"]:
         assert f"{row['stored_bytes'] / 2**20:.1f}" in page
     assert (result.folder / "report.svg").read_text().startswith("<svg")
+
+
+def test_policies_hold_their_share_and_change_something(demo):
+    """Every policy at both budgets, alone and piped; the full cache diverges by 0."""
+    found = demo[0].data["policies"]
+    rows = found["rows"]
+    names = [row["method"].partition(":")[0] for row in rows]
+    assert names == ["full", "streaming", "streaming", "snapkv", "snapkv", "h2o", "h2o"]
+    assert max(map(abs, rows[0]["kl_per_token"])) < 1e-9
+    assert rows[0]["held_share"] == rows[0]["top1_agreement"] == 1
+    assert rows[0]["piped"]["kl_mean"] > 1e-9
+    for row, budget in zip(rows[1:], (0.5, 0.25) * 3, strict=True):
+        assert budget < row["held_share"] < 1.4 * budget  # positions weigh much at 8 channels
+        assert row["kl_mean"] > 1e-9
+        assert row["piped"]["bytes"] < row["held_bytes"]
+        assert len(row["kl_per_token"]) == found["continuation_tokens"] == 128
+    page = (demo[0].folder / "report.html").read_text()
+    for row in rows:
+        assert row["method"] in page
+    assert (demo[0].folder / "policies.svg").read_text().startswith("<svg")
+    assert "Evicting 256 tokens with h2o:budget=0.25" in demo[1]
 
 
 def test_text_is_escaped(demo, tmp_path):
