@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint wheel-test test-pythons bench clean
+.PHONY: help demo test lint wheel-test test-pythons bench gpu clean
 
 # The first one that can make an environment; PYTHON=/path/to/python overrides.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
@@ -88,6 +88,18 @@ bench: $(DEV_STAMP)  ## Run the benchmarks, raw JSON to benchmarks/results (BENC
 		OMP_NUM_THREADS=1 .venv/bin/python $$script --json benchmarks/results/$${name#bench_}.json \
 			|| exit 1; \
 	done
+
+# On a CUDA machine, with the Python and the torch that are there: nothing is installed or fetched.
+# GPU_PYTHON names an interpreter that has torch, transformers and pytest.
+GPU_PYTHON ?= python3
+GPU_OUT ?= benchmarks/results
+gpu:  ## Run the cache and attention tests and benchmarks on a CUDA machine, with random models
+	$(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "no CUDA device")'
+	PYTHONPATH=. $(GPU_PYTHON) -m pytest -m gpu -q tests
+	PYTHONPATH=. $(GPU_PYTHON) benchmarks/bench_attention.py --device cuda \
+		--json $(GPU_OUT)/attention-gpu.json
+	PYTHONPATH=. $(GPU_PYTHON) benchmarks/bench_cache.py --device cuda --model random \
+		--json $(GPU_OUT)/cache-gpu.json
 
 clean:  ## Remove everything make built, environments included
 	rm -rf .venv .venv-wheel .venv-py3.* dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -12,8 +12,7 @@ not see them, budgets do not count them.
 
 import warnings
 from collections.abc import Sequence
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,17 +21,15 @@ from transformers.cache_utils import Cache
 from kvlib.attention import Logits, attend
 from kvlib.blocks import LayerKV
 from kvlib.cache_columns import Columns, NewColumns
+from kvlib.cache_copies import Copyable
 from kvlib.cache_decisions import Decisions, Forward, read_policy
 from kvlib.cache_layers import EvictableLayer, layer_of, make_layers
 from kvlib.cache_signals import MAX_ROLLBACK, Signals
-from kvlib.cache_snapshots import fill_from_snapshot, restored_columns, snapshot_of
 from kvlib.errors import ConfigError
 from kvlib.eviction.base import LayerState, Needs, Policy
 from kvlib.model_hooks import AttentionCall, decoder_of, untraced, watch
-from kvlib.model_spec import layer_specs, spec_for_model
+from kvlib.model_spec import layer_specs
 from kvlib.registry import describe
-from kvlib.snapshots import Snapshot, SnapshotStore
-from kvlib.spec import KVSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,7 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["KVCache"]
 
 
-class KVCache(Cache):
+class KVCache(Copyable, Cache):
     """A cache under an eviction policy, for `generate()` and for plain forward passes.
 
     The prompt ends with the first forward pass, whatever its length; what follows are steps, of one
@@ -139,96 +136,6 @@ class KVCache(Cache):
         valid = None if self._columns.valid is None else self._columns.valid[sequence]
         positions = self._columns.token_positions(sequence)
         return layer_of(layer_idx, layer.keys[sequence], layer.values[sequence], positions, valid)
-
-    # Snapshots
-
-    def to_snapshot(self, sequence: int | None = None) -> Snapshot:
-        """A copy of one sequence: what is held of it, and what the policy remembers.
-
-        Args:
-            sequence: index in the batch; may be left out if there is only one.
-
-        Raises:
-            ConfigError: nothing is held yet, the prompt is not complete, a sequence has to be
-                named, or the model cannot be identified (pass `model_id` to `KVCache`).
-        """
-        self._commit_open(0)
-        if self._columns.batch == 0 or self._in_prefill:
-            raise ConfigError("a snapshot needs a complete prompt: see KVCache.end_prefill")
-        if sequence is None:
-            if self._columns.batch > 1:
-                raise ConfigError(f"which of the {self._columns.batch} sequences? to_snapshot(0)")
-            sequence = 0
-        held = [
-            self.layer_kv(index, sequence) if isinstance(layer, EvictableLayer) else None
-            for index, layer in enumerate(self.layers)
-        ]
-        return snapshot_of(self.spec, self.method, self.layers, held, self._columns, sequence)
-
-    @classmethod
-    def from_snapshot(
-        cls,
-        model: "PreTrainedModel",
-        snapshot: Snapshot,
-        *,
-        codec: str | None = None,
-        model_id: str | None = None,
-    ) -> Self:
-        """A cache of one sequence that goes on where the snapshot was taken.
-
-        Raises:
-            ConfigError: it was taken from another model.
-        """
-        cache = cls(model, snapshot.method, codec=codec, model_id=model_id)
-        if cache.spec != snapshot.block.spec:
-            raise ConfigError(
-                f"the snapshot is of model {snapshot.block.spec.model_id!r} "
-                f"({snapshot.block.spec.dtype}), this one is {cache.spec.model_id!r} "
-                f"({cache.spec.dtype})"
-            )
-        cache._columns = restored_columns(snapshot, model.device)
-        fill_from_snapshot(cache.layers, snapshot, model.device)
-        cache._in_prefill = False
-        return cache
-
-    def save(self, store: SnapshotStore, input_ids: Tensor, sequence: int | None = None) -> int:
-        """Store a sequence, encoded with this cache's codec or else the store's.
-
-        Args:
-            store: a `KVStore`.
-            input_ids: int [n] or [1, n]: all tokens the cache has seen of the sequence, without
-                padding. After `generate` these are all but the last one it returned.
-            sequence: see `to_snapshot`.
-
-        Returns:
-            Bytes of the record, 0 if there was no room for it.
-        """
-        snapshot = self.to_snapshot(sequence)
-        return store.put_snapshot(input_ids.flatten(), snapshot, codec=self.codec) or 0
-
-    @classmethod
-    def load(
-        cls,
-        model: "PreTrainedModel",
-        store: SnapshotStore,
-        input_ids: Tensor,
-        policy: str | Policy = "full",
-        *,
-        codec: str | None = None,
-        model_id: str | None = None,
-    ) -> Self | None:
-        """The cache that `save` has stored for these tokens under this method; None for a miss."""
-        wanted = cls(model, policy, codec=codec, model_id=model_id)
-        tokens = input_ids.flatten()
-        found = store.load_snapshot(wanted.spec, tokens, wanted.method, codec=wanted.codec)
-        if found is None:
-            return None
-        return cls.from_snapshot(model, found, codec=wanted.codec, model_id=model_id)
-
-    @cached_property
-    def spec(self) -> KVSpec:
-        """The model's spec; a ConfigError if its weights cannot be identified (`model_id`)."""
-        return spec_for_model(self._model, model_id=self.model_id)
 
     # A forward pass, as the hooks report it
 
@@ -349,7 +256,7 @@ class KVCache(Cache):
             held.append(
                 keys[row].detach()[:, where],
                 values[row].detach()[:, where],
-                new.positions[row, where],
+                new.positions[row, where].to(keys.device),
             )
             query = call.query[row][:, where]
             done = attend(query, held.layer, logits, with_column_sums=at_once)

@@ -6,6 +6,7 @@ A cache that evicts keeps no padding, so it has to remember what every column wa
 """
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,6 +176,12 @@ class Columns:
         assert self.positions is not None  # noqa: S101
         mine = self.positions[sequence]
         return mine if self.valid is None else mine[self.valid[sequence]]
+
+    def fork(self) -> "Columns":
+        """A copy; its tensors are shared, since none is ever written to."""
+        twin = copy(self)
+        twin.seen, twin.prompt, twin._last = list(self.seen), list(self.prompt), list(self._last)
+        return twin
 
     def take(self, order: Sequence[int]) -> None:
         """Make the batch consist of these sequences."""

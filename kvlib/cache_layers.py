@@ -7,6 +7,7 @@ falls apart into **rows**, one `LayerRow` for each sequence of the batch, which 
 kept. It never goes back.
 """
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -177,7 +178,9 @@ class LayerRow:
             else layer.positions.clone(),
             log_weight=None if layer.log_weight is None else layer.log_weight.clone(),
         )
-        return LayerRow(copy, self.state.fork())
+        twin = LayerRow(copy, self.state.fork())
+        twin._shrinks = self._shrinks
+        return twin
 
 
 def _insert(x: Tensor, at: int, new: Tensor) -> Tensor:
@@ -197,8 +200,8 @@ def layer_of(
         valid: bool [N], which columns are tokens; None for all.
     """
     if valid is not None:
-        columns = valid.nonzero()[:, 0]
-        first, last = int(columns[0]), int(columns[-1]) + 1
+        columns = valid.nonzero()[:, 0].to(keys.device)
+        first, last = (int(columns[0]), int(columns[-1]) + 1) if len(columns) else (0, 0)
         if last - first == len(columns):
             keys, values = keys[:, first:last], values[:, first:last]
         else:
@@ -207,7 +210,7 @@ def layer_of(
         layer_idx=layer_idx,
         keys=keys,
         values=values,
-        positions=positions.expand(keys.shape[0], -1),
+        positions=positions.to(keys.device).expand(keys.shape[0], -1),
     )
 
 
@@ -268,7 +271,7 @@ class EvictableLayer(CacheLayerMixin):
 
     def __init__(self, cache: Any, layer_idx: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._cache = cache
+        self._cache = weakref.proxy(cache)  # no cycle: a dropped cache is freed at once
         self.layer_idx = layer_idx
         self.clear()
 
@@ -337,6 +340,13 @@ class EvictableLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: a layer cannot be rolled back without the others."""
         raise ConfigError("crop the KVCache, not one of its layers")
+
+    def copy_from(self, other: "EvictableLayer") -> None:
+        """Hold the same as `other`, sharing nothing that may change."""
+        self.is_initialized = other.is_initialized
+        self.keys, self.values = other.keys, other.values  # never written to: they grow by copies
+        self.rows = None if other.rows is None else [row.fork() for row in other.rows]
+        self.states = [state.fork() for state in other.states]
 
     def take_sequences(self, indices: Tensor) -> None:
         """Make the batch consist of these sequences, in this order, repeated ones copied."""

@@ -7,7 +7,7 @@ their queries are kept instead of what they looked at.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -141,11 +141,17 @@ class Signals:
             del self._held[layer_idx, sequence]
         return Collected(sums, window)
 
+    def fork(self) -> "Signals":
+        """A copy; its tensors are shared, since none is ever written to."""
+        twin = Signals(self._needs)
+        twin._held = {key: replace(seen) for key, seen in self._held.items()}
+        return twin
+
     def take(self, order: Sequence[int]) -> None:
         """Make the batch consist of these sequences."""
         old = self._held
         self._held = {
-            (layer_idx, new): _Observed(seen.logits, seen.sums, seen.tail, seen.window)
+            (layer_idx, new): replace(seen)
             for (layer_idx, sequence), seen in old.items()
             for new, i in enumerate(order)
             if i == sequence

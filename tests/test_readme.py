@@ -20,8 +20,9 @@ def run(code: str, folder: Path) -> str:
     return done.stdout
 
 
-def test_restoring_a_prompt_works_as_written(tmp_path):
-    """The first example computes and stores; run again, it restores and gives the same output."""
+@pytest.fixture
+def model_folder(tmp_path) -> Path:
+    """A tiny model with a byte tokenizer."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -29,18 +30,37 @@ def test_restoring_a_prompt_works_as_written(tmp_path):
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "model")
-    tiny_model(vocab_size=256).save_pretrained(tmp_path / "model")
-    (code,) = [block for block in BLOCKS if "PrefixCache" in block]
-    code = code.replace("path/or/hub-name", str(tmp_path / "model"))
-    code = code.replace("~/kv", str(tmp_path / "kv")).replace(
-        '"a very long prompt ..."', '"a very long prompt " * 20'
-    )
+    tiny_model(vocab_size=256, eos_token_id=None).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def made_real(code: str, folder: Path) -> str:
+    """An example with real places, a long prompt, and no token types."""
+    code = code.replace("path/or/hub-name", str(folder))
+    code = code.replace("~/kv", str(folder.parent / "kv"))
+    code = code.replace('"a very long prompt ..."', '"a very long prompt " * 20')
     # token_type_ids are the tokenizer's idea, not the model's
-    code = code.replace('return_tensors="pt"', 'return_tensors="pt", return_token_type_ids=False')
+    return code.replace('return_tensors="pt"', 'return_tensors="pt", return_token_type_ids=False')
+
+
+def test_restoring_a_prompt_works_as_written(tmp_path, model_folder):
+    """The first example computes and stores; run again, it restores and gives the same output."""
+    (code,) = [block for block in BLOCKS if "PrefixCache" in block]
+    code = made_real(code, model_folder)
     code += "    print(output.tolist(), store.stats().hit_blocks)"  # inside the with block
     first, second = (run(code, tmp_path).split("]] ") for _ in range(2))
     assert first[0] == second[0]
     assert (int(first[1]), int(second[1])) == (0, 5)
+
+
+def test_evicting_works_as_written(tmp_path, model_folder):
+    """The cache of the first example holds a quarter; that of the second is stored and found."""
+    evict, store = [block for block in BLOCKS if "KVCache" in block]
+    code = made_real(evict + store, model_folder)
+    code += "    print(again.num_columns, again.layer_kv(0).lengths, again.method)"
+    lines = run(code, tmp_path).splitlines()
+    assert int(lines[0].split()[0]) < 3 * 380 * 160  # 3 layers, 380 tokens and their K and V
+    assert lines[-1] == "443 (95, 95) h2o:budget=0.25,recent=0.5"
 
 
 def test_storing_blocks_works_as_written(tmp_path):

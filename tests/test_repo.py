@@ -239,7 +239,7 @@ FLOORS = (
         "cache_decisions",
         "cache_layers",
         "cache_signals",
-        "cache_snapshots",
+        "cache_copies",
         "model_hooks",
         "model_spec",
         "prefix",
@@ -254,7 +254,7 @@ DECISIONS = {
     "cache_columns",
     "cache_layers",
     "cache_signals",
-    "cache_snapshots",
+    "cache_copies",
     "eviction",
 }
 BYTES = {"codecs", "connectors", "store"}

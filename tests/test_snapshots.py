@@ -1,4 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
+import copy
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -229,6 +233,8 @@ def test_a_prefix_record_is_no_snapshot():
 
     with pytest.raises(CorruptDataError, match="prompt"):
         kvlib.KVCache.from_snapshot(model, changed(prompt=torch.tensor(66)), model_id="tiny")
+    with pytest.raises(IncompatibleDataError, match="version"):
+        kvlib.KVCache.from_snapshot(model, changed(version=torch.tensor(2)), model_id="tiny")
     wrong = {"00000/entries/scores": torch.zeros(2, 3)}
     with pytest.raises(CorruptDataError, match="scores"):
         kvlib.KVCache.from_snapshot(model, changed(**wrong), model_id="tiny")
@@ -240,3 +246,45 @@ def test_bytes_of_a_snapshot_are_those_of_its_tensors():
     state = sum(x.numel() * x.element_size() for x in snapshot.state.values())
     assert snapshot.nbytes == snapshot.block.nbytes + state
     assert state > 3 * 2 * 15 * 4
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("copier", ["fork", "deepcopy"])
+def test_a_fork_goes_on_by_itself(model, method, copier):
+    """A fork and its origin give the same logits, in any order, and share nothing that changes."""
+    cache = filled(model, method)
+    twin = cache.fork() if copier == "fork" else copy.deepcopy(cache)
+    expected = go_on(model, cache)
+    assert torch.equal(go_on(model, twin), expected)
+    same_contents(cache, twin)
+    assert twin.nbytes <= 1.1 * cache.nbytes
+
+
+def test_a_fork_in_the_middle_of_a_prompt():
+    """Signals of the pieces so far go along."""
+    model = tiny_model()
+    for method in METHODS:
+        cache = kvlib.KVCache(model, method, prefill_chunk_size=20, model_id="tiny")
+        with torch.no_grad():
+            model(ids(60)[:, :20], past_key_values=cache)
+            caches = cache, cache.fork()
+            logits = []
+            for each in caches:
+                for first in (20, 40):
+                    model(ids(60)[:, first : first + 20], past_key_values=each)
+                each.end_prefill()
+                logits.append(go_on(model, each))
+        assert torch.equal(*logits)
+        same_contents(*caches)
+
+
+def test_a_dropped_cache_is_freed_at_once():
+    """No reference cycle keeps it until the garbage collector runs."""
+    gc.disable()
+    try:
+        cache = filled(tiny_model(), "h2o:budget=0.25")
+        alive = weakref.ref(cache), weakref.ref(cache.layer_kv(0).keys.untyped_storage())
+        del cache
+        assert [ref() for ref in alive] == [None, None]
+    finally:
+        gc.enable()

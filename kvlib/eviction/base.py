@@ -105,12 +105,15 @@ class LayerView:
 class Policy(Protocol):
     """Decides what is kept. Implementations are frozen dataclasses: their fields are parameters.
 
+    `version` grows when what is remembered changes its meaning: older snapshots are then refused.
+
     A policy object holds no state and serves any number of sequences. Calls for one layer, in
     order: `on_prefill_chunk` for every forward of the prompt, `on_prefill_end` once after the last
     of them, then `on_step` after every later forward, of one token or of many.
     """
 
     name: ClassVar[str]
+    version: ClassVar[int]
     status: ClassVar[str]
 
     @property

@@ -15,6 +15,7 @@ class Full:
     """Keep everything."""
 
     name: ClassVar[str] = "full"
+    version: ClassVar[int] = 1
     status: ClassVar[str] = "stable"
 
     @property

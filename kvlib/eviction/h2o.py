@@ -47,6 +47,7 @@ class H2O:
     budget: float | int = 0.5
     recent: float = 0.5
     name: ClassVar[str] = "h2o"
+    version: ClassVar[int] = 1
     status: ClassVar[str] = "stable"
 
     def __post_init__(self) -> None:

@@ -51,6 +51,7 @@ class SnapKV:
     pool: str = "avg"
     group: str = "mean"
     name: ClassVar[str] = "snapkv"
+    version: ClassVar[int] = 1
     status: ClassVar[str] = "stable"
 
     def __post_init__(self) -> None:

@@ -40,6 +40,7 @@ class Streaming:
     budget: float | int = 0.5
     sinks: int = 4
     name: ClassVar[str] = "streaming"
+    version: ClassVar[int] = 1
     status: ClassVar[str] = "stable"
 
     def __post_init__(self) -> None:
