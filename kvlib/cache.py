@@ -151,13 +151,13 @@ class KVCache(Copyable, Cache):
             raise ConfigError("two forward passes at once over one KVCache: each needs its own")
         new = self._columns.read(arguments)
         self._commit_open(0)
-        if self._in_prefill and self._whole_chunk and new.num == 1:
+        chunk = self.prefill_chunk_size
+        if self._in_prefill and self._whole_chunk and new.num == 1 != chunk:
             self.end_prefill()
         self._warn_about_pieces(new.num)
         if self._columns.batch == 0:
             for layer in self._evictable:
                 layer.states = [LayerState() for _ in new.positions]
-        chunk = self.prefill_chunk_size
         self._whole_chunk = chunk is not None and new.num >= chunk
         self._forward = Forward(
             new,

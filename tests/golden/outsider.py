@@ -452,6 +452,38 @@ def decode(data, spec=None, mac_key=None, limit=4 << 30):
     return header, [decode_layer(data, header, layer) for layer in header["layers"]]
 
 
+STATE_TYPES = {1: "bool", 2: "uint8", 3: "int32", 4: "int64", 5: "float32", 6: "float64"}
+STATE_SIZES = {1: 1, 2: 1, 3: 4, 4: 8, 5: 4, 6: 8}
+
+
+def read_state(data):
+    """A STATE section as [name, dtype, sizes, bytes in hex]."""
+    tensors, at = [], 4
+    need(len(data) >= 4, "state is cut off")
+    for _ in range(struct.unpack_from("<I", data)[0]):
+        need(len(data) >= at + 4, "state is cut off")
+        length, code, dims = struct.unpack_from("<HBB", data, at)
+        need(code in STATE_TYPES, "an unknown type of state", Foreign)
+        need(length > 0 and dims <= 4, "impossible state")
+        name = text(data[at + 4 : at + 4 + length])
+        at += 4 + length
+        need(len(data) >= at + 8 * dims, "state is cut off")
+        sizes = struct.unpack_from(f"<{dims}Q", data, at)
+        at += 8 * dims
+        size = STATE_SIZES[code]
+        for n in sizes:
+            need(n <= 1 << 31, "impossible state")
+            size *= n
+        need(size <= len(data) - at, "state is cut off")
+        need(not tensors or name > tensors[-1][0], "state is out of order")
+        raw = bytes(data[at : at + size])
+        need(code != 1 or max(raw, default=0) <= 1, "a truth value above 1")
+        tensors.append([name, STATE_TYPES[code], list(sizes), raw.hex()])
+        at += size
+    need(at == len(data), "bytes behind the state")
+    return tensors
+
+
 def decode_layer(data, header, layer):
     import numpy as np
 

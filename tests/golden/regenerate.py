@@ -31,7 +31,8 @@ from kvlib.codecs.container import (
     build_container,
     parse_header,
 )
-from kvlib.keys import BlockKey, block_keys
+from kvlib.codecs.state import encode_state
+from kvlib.keys import BlockKey, block_keys, snapshot_key
 from kvlib.spec import DTYPES, storage_digest
 
 Json = Any
@@ -313,7 +314,17 @@ def encode_case(case: Json) -> bytes:
     if "sections" in case:
         return _encode_sections(case, common)
     with mock.patch.object(pack, "_version", return_value=WRITER):
-        return b"".join(encode_block(block_of(case), build_codec(case["method"]), **common))
+        state = encode_state(state_of(case)) if "state" in case else None
+        codec = build_codec(case["method"])
+        return b"".join(encode_block(block_of(case), codec, state=state, **common))
+
+
+def state_of(case: Json) -> dict[str, Tensor]:
+    """Named tensors of a snapshot, from [name, dtype, shape, hex]."""
+    return {
+        name: torch.frombuffer(bytearray.fromhex(data), dtype=getattr(torch, dtype)).reshape(shape)
+        for name, dtype, shape, data in case["state"]
+    }
 
 
 def _encode_sections(case: Json, common: Json) -> bytes:
@@ -516,6 +527,33 @@ def ragged() -> Json:
     )
 
 
+def snapshot() -> Json:
+    owner = spec("golden", "float16", [layer(2, 4, 2, rope=rope(1e4, 4)), layer(1, 3, 3)])
+    tokens = list(range(70))
+    made = snapshot_key(spec_of(owner).fingerprint(), tokens, "h2o:budget=3,recent=0.5")
+    kept = [0, 68, 69, 7, 30, 69]
+    state = [
+        ["00000/entries/scores", "float32", [2, 3], words("f", 1, 2, 3, 4, 5, 6)],
+        ["00000/values/budget", "int64", [], words("q", 3)],
+        ["00001/values/flags", "bool", [3], "010001"],
+        ["00001/values/sums", "float64", [1, 2, 1], struct.pack("<2d", 0.1, -0.0).hex()],
+        ["00001/values/é", "uint8", [2], "ff00"],
+        ["prompt", "int32", [1, 1, 1, 1], words("i", -5)],
+    ]
+    return case(
+        "a snapshot: an evicted layer, an empty one, and named tensors of every dtype",
+        "exact",
+        owner,
+        [
+            kv(0, 2, bits(31, 6 * 4, 2), bits(32, 6 * 2, 2), positions=kept),
+            kv(1, 1, "", "", row_lengths=[0], positions=[]),
+        ],
+        num_tokens=70,
+        keys=[made.hex()],
+        state=state,
+    )
+
+
 def integer_ragged() -> Json:
     owner = spec("golden", "float16", [layer(2, 9, 4)])
     one = kv(
@@ -621,6 +659,7 @@ CASES = {
     "exact-aligned": aligned,
     "exact-head-range": head_range,
     "exact-empty": empty,
+    "exact-snapshot": snapshot,
     "int8-float32": lambda: integer("int8:group=4", "float32", 7, 4),
     "int8-bfloat16": lambda: integer("int8:group=64", "bfloat16", 16, 12),
     "int8-edges": integer_edges,
