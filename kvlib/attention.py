@@ -12,7 +12,7 @@ log-sum-exp from the attention kernel (which PyTorch does not return portably), 
 Q K^T, and holds for soft-capped logits and sink logits as well.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,10 +22,10 @@ from torch import Tensor
 from kvlib.blocks import SYNTHETIC, LayerKV
 from kvlib.errors import ShapeError
 
-__all__ = ["BLOCK_ELEMENTS", "Attended", "Logits", "attend", "column_sums"]
+__all__ = ["BLOCK_ELEMENTS", "Attended", "Logits", "attend", "attend_batch", "column_sums"]
 
-BLOCK_ELEMENTS = 1 << 18
-"""Probabilities computed at a time: 1 MiB of float32, which stays in a core's cache."""
+BLOCK_ELEMENTS = 1 << 19
+"""Probabilities computed at a time: 2 MiB of float32, which stay in a core's cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +87,40 @@ def attend(
     return Attended(output, column_sums(query, layer, logits) if with_column_sums else None)
 
 
+def attend_batch(
+    query: Tensor,
+    layers: Sequence[LayerKV],
+    logits: Logits = PLAIN,
+    *,
+    valid: Tensor | None = None,
+    with_column_sums: bool = False,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """`attend` for a padded batch whose sequences hold what they like.
+
+    Args:
+        query: [B, Hq, T, D].
+        layers: one for each sequence, without padding.
+        logits: see `attend`.
+        valid: bool [B, T], which queries are tokens; None for all. A sequence may have none.
+        with_column_sums: see `attend`.
+
+    Returns:
+        Output [B, T, Hq, Dv], zero at padding, as transformers wants it; column sums by sequence,
+        None where there are none.
+    """
+    batch, heads, num = query.shape[:3]
+    output = query.new_zeros(batch, num, heads, layers[0].values.shape[-1])
+    sums: list[Tensor | None] = [None] * batch
+    for row, layer in enumerate(layers):
+        where = slice(None) if valid is None else valid[row].to(query.device)
+        mine = query[row][:, where]
+        if mine.shape[1]:
+            done = attend(mine, layer, logits, with_column_sums=with_column_sums)
+            output[row, where] = done.output.transpose(0, 1)
+            sums[row] = done.column_sums
+    return output, sums
+
+
 def column_sums(query: Tensor, layer: LayerKV, logits: Logits = PLAIN) -> Tensor:
     """The attention that every entry receives from the T queries, summed over the queries.
 
@@ -101,24 +135,18 @@ def column_sums(query: Tensor, layer: LayerKV, logits: Logits = PLAIN) -> Tensor
     view = _View(query, layer, logits)
     out = query.new_zeros(view.heads, view.group, view.longest, dtype=torch.float32)
     for block in view.blocks():
-        out[block.head, :, : block.stop] += block.sums()
+        out[block.head, :, : block.stop] += block.weights.sum(-2)
     return out
 
 
 class _Block(NamedTuple):
-    """Probabilities of some queries of some KV heads, not yet divided by their row sums."""
+    """Probabilities of some queries of some KV heads: [h, G, last - first, stop]."""
 
     head: slice
     first: int
     last: int
     stop: int
-    weights: Tensor  # [h, G, last - first, stop]
-    total: Tensor  # [h, G, last - first], sinks included
-
-    def sums(self) -> Tensor:
-        """Sum over the block's queries of the probabilities [h, G, stop]."""
-        inverse = (1 / self.total)[..., None, :]
-        return (inverse @ self.weights)[..., 0, :]
+    weights: Tensor
 
 
 class _View:
@@ -198,7 +226,7 @@ class _View:
             )
 
     def blocks(self) -> Iterator[_Block]:
-        """Unnormalised probabilities block by block."""
+        """Probabilities block by block."""
         for head, keys, _, bias, positions in self.rows():
             yield from self.row_blocks(head, keys, bias, positions)
 
@@ -221,15 +249,17 @@ class _View:
             if bias is not None:
                 x += bias[:, None, None, :stop]
             self._mask(x, first, last, stop, positions)
-            peak = x.amax(-1)
-            if self.logits.sinks is not None:
-                sinks = self.logits.sinks.to(torch.float32).unflatten(0, (self.heads, self.group))
-                peak = torch.maximum(peak, sinks[head, :, None])
-            x.sub_(peak[..., None]).exp_()
-            total = x.sum(-1)
-            if self.logits.sinks is not None:
-                total = total + (sinks[head, :, None] - peak).exp_()
-            yield _Block(head, first, last, stop, x, total)
+            yield _Block(head, first, last, stop, self._softmax(x, head))
+
+    def _softmax(self, x: Tensor, head: slice) -> Tensor:
+        """Probabilities from logits [h, G, n, stop]; reuses `x`."""
+        if self.logits.sinks is not None:
+            sinks = self.logits.sinks.to(torch.float32).unflatten(0, (self.heads, self.group))
+            column = sinks[head, :, None, None].expand(*x.shape[:-1], 1)
+            return torch.cat([x, column], dim=-1).softmax(-1)[..., :-1]
+        if x.requires_grad:
+            return x.softmax(-1)
+        return torch.softmax(x, -1, out=x)
 
     def _mask(self, x: Tensor, first: int, last: int, stop: int, positions: Tensor | None) -> None:
         """Put -inf where a query may not look; `x` is [h, G, last - first, stop]."""
@@ -266,10 +296,10 @@ def _explicit(view: _View, *, with_column_sums: bool) -> Attended:
         wide = values.to(torch.float32)
         for block in view.row_blocks(head, keys, bias, positions):
             mixed = block.weights.flatten(1, 2) @ wide[:, : block.stop]
-            mixed = mixed.unflatten(1, (view.group, -1)) / block.total[..., None]
+            mixed = mixed.unflatten(1, (view.group, -1))
             output[head, :, block.first : block.last] = mixed.to(output.dtype)
             if sums is not None:
-                sums[head, :, : block.stop] += block.sums()
+                sums[head, :, : block.stop] += block.weights.sum(-2)
     return Attended(output.flatten(0, 1), sums)
 
 
@@ -287,7 +317,7 @@ def _fused(view: _View) -> Tensor:
         whole: Tensor = sdpa(q, keys, values, scale=view.scale, is_causal=True, enable_gqa=True)
         return whole[0]
     output = view.query.new_empty(view.heads, view.group, view.num_queries, layer.values.shape[-1])
-    size = max(BLOCK_ELEMENTS * 4 // max(view.longest * view.group, 1), 1)
+    size = max(BLOCK_ELEMENTS * 2 // max(view.longest * view.group, 1), 1)
     windowed = view.logits.window is not None
     positions = layer.positions_tensor() if windowed else None
     for first in range(0, view.num_queries, size):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from kvlib.attention import Logits, attend
+from kvlib.attention import Logits, attend_batch
 from kvlib.blocks import LayerKV
 from kvlib.cache_columns import Columns, NewColumns
 from kvlib.cache_copies import Copyable
@@ -245,24 +245,25 @@ class KVCache(Copyable, Cache):
         keys, values = layer.pending
         layer.pending = None
         new = forward.new
-        batch, heads, num = call.query.shape[:3]
-        output = call.query.new_zeros(batch, num, heads, values.shape[-1])
-        # Sums come with the attention of a single query, unless they may have to be taken back.
-        at_once = self._needs.step_column_sums and not self.record_past
         for row, held in enumerate(layer.rows):
-            if not new.tokens(row):
-                continue
-            where = slice(None) if new.valid is None else new.valid[row]
+            where = slice(None) if new.valid is None else new.valid[row].to(keys.device)
             held.append(
                 keys[row].detach()[:, where],
                 values[row].detach()[:, where],
-                new.positions[row, where].to(keys.device),
+                new.positions[row].to(keys.device)[where],
             )
-            query = call.query[row][:, where]
-            done = attend(query, held.layer, logits, with_column_sums=at_once)
-            output[row, where] = done.output.transpose(0, 1)
+        # Sums come with the attention of a single query, unless they may have to be taken back.
+        at_once = self._needs.step_column_sums and not self.record_past
+        output, sums = attend_batch(
+            call.query,
+            [held.layer for held in layer.rows],
+            logits,
+            valid=new.valid,
+            with_column_sums=at_once,
+        )
+        for row, mine in enumerate(sums):
             if at_once:
-                self._signals.put(layer.layer_idx, row, done.column_sums)
+                self._signals.put(layer.layer_idx, row, mine)
             else:
                 self._observe(layer, row, call.query[row], logits)
         return output

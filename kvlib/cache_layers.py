@@ -54,6 +54,8 @@ class LayerRow:
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         """Add new tokens to every head: keys [Hkv, T, D], values [Hkv, T, Dv], int32 [T]."""
+        if not len(positions):
+            return
         layer = self.layer
         if layer.channels is not None:
             index = layer.channels[:, None, :].expand(-1, keys.shape[1], -1)
