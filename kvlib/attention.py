@@ -80,7 +80,9 @@ def attend(
     view = _View(query, layer, logits)
     if query.shape[1] == 1 and with_column_sums:
         return _explicit(view, with_column_sums=True)
-    if logits.is_plain and view.bias is None and view.dense:
+    # For values of another width than the keys, PyTorch has no kernel that holds no matrix.
+    fused = query.shape[1] == 1 or layer.keys.shape[-1] == layer.values.shape[-1]
+    if fused and logits.is_plain and view.bias is None and view.dense:
         output = _fused(view)
     else:
         return _explicit(view, with_column_sums=with_column_sums)
@@ -314,6 +316,9 @@ def _fused(view: _View) -> Tensor:
         return sdpa(q, keys, values, scale=view.scale)[0].flatten(0, 1)[:, None]
     if view.num_old == 0 and view.logits.window is None:
         q = view.query.flatten(0, 1)[None]
+        # On CUDA, grouped heads in float32 would get the kernel that holds a T x T matrix.
+        if keys.is_cuda and keys.dtype == torch.float32:
+            keys, values = (x.repeat_interleave(view.group, dim=1) for x in (keys, values))
         whole: Tensor = sdpa(q, keys, values, scale=view.scale, is_causal=True, enable_gqa=True)
         return whole[0]
     output = view.query.new_empty(view.heads, view.group, view.num_queries, layer.values.shape[-1])

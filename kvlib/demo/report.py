@@ -126,27 +126,20 @@ def _policy_plot(data: dict[str, Any]) -> str:
         for piped, marker in ((False, color), (True, "none")):
             x = [row["piped"]["bytes"] if piped else row["held_bytes"] for row in rows]
             y = [row["piped"]["kl_mean"] if piped else row["kl_mean"] for row in rows]
-            drawn = [(a / 2**20, b) for a, b in zip(x, y, strict=True) if b > 1e-9]
-            label = f"{family} | {data['codec']}" if piped else family
-            if drawn:
-                axis.plot(
-                    *zip(*drawn, strict=True),
-                    marker="o",
-                    color=color,
-                    markerfacecolor=marker,
-                    linewidth=0.8,
-                    linestyle=":" if piped else "-",
-                    label=label,
-                )
-    full = data["rows"][0]["held_bytes"] / 2**20
-    axis.axvline(full, color=_BASE, linewidth=1)
-    axis.annotate(
-        " full cache", (full, 1), xycoords=("data", "axes fraction"), color=_BASE, va="top"
-    )
-    axis.set_xscale("log")
-    axis.set_yscale("log")
+            axis.plot(
+                [size / 2**20 for size in x],
+                y,
+                marker="o",
+                color=color,
+                markerfacecolor=marker,
+                linewidth=0.8,
+                linestyle=":" if piped else "-",
+                label=f"{family} | {data['codec']}" if piped else family,
+                clip_on=False,
+            )
+    axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter("{x:g}")
-    axis.xaxis.set_minor_formatter("{x:g}")
+    axis.set_ylim(bottom=0)
     axis.set_xlabel(f"MiB held of {data['context_tokens']:,} tokens", color=_TEXT)
     axis.set_ylabel("mean KL, nats", color=_TEXT)
     axis.legend(frameon=False, labelcolor=_TEXT, bbox_to_anchor=(1.01, 1), loc="upper left")

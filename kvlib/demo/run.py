@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -62,7 +63,7 @@ def run_demo(
     budgets: Sequence[str] = ("0.5", "0.25"),
     policy_codec: str = "int8",
     new_tokens: int = 32,
-    repeats: int = 7,
+    repeats: int = 5,
     threads: int | None = None,
     keep: bool = False,
     console: Console | None = None,
@@ -170,7 +171,7 @@ class _Steps:
             )
             self._done(step, f"first token after {statistics.median(row['first_token_s']):.2f} s")
         _relate(rows)
-        context = prefix_ids[: max(self._num_tokens // 2, BLOCK_TOKENS)]
+        context = prefix_ids[: max(self._num_tokens * 3 // 8, BLOCK_TOKENS)]
         follow = prefix_ids[len(context) : len(context) + CONTINUATION_TOKENS] or continuation
         evicted = self._evict(model, context, follow, policies)
         spec = rows[0].pop("spec")
@@ -370,20 +371,26 @@ def _show(data: dict[str, Any], out: Path, console: Console) -> None:
 
 
 def _show_policies(data: dict[str, Any], console: Console) -> None:
-    table = Table(title=f"{data['context_tokens']} tokens under each eviction policy")
-    for name in ("method", "MiB", "held", "KL", "top-1", "prefill", "step", "encoded", "KL, top-1"):
+    codec = data["codec"]
+    table = Table(
+        title=f"{data['context_tokens']} tokens under each eviction policy, alone and as {codec}",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    names = ("method", "MiB", "KL", "top-1", "prefill", "step", f"{codec}: MiB", "KL", "top-1")
+    for name in names:
         table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     for row in data["rows"]:
         piped = row["piped"]
         table.add_row(
             short_method(row["method"]),
             f"{row['held_bytes'] / 2**20:.1f}",
-            f"{row['held_share']:.1%}",
-            f"{row['kl_mean']:.1e}" if row["kl_mean"] else "0",
-            f"{row['top1_agreement']:.1%}",
+            f"{abs(row['kl_mean']):.3f}",
+            f"{row['top1_agreement']:.0%}",
             f"{row['prefill_s']:.1f} s",
             f"{row['decode_median_s'] * 1e3:.0f} ms",
             f"{piped['bytes'] / 2**20:.1f}",
-            f"{piped['kl_mean']:.1e} {piped['top1_agreement']:.1%}",
+            f"{abs(piped['kl_mean']):.3f}",
+            f"{piped['top1_agreement']:.0%}",
         )
     console.print(table)

@@ -131,7 +131,7 @@ def test_policies_hold_their_share_and_change_something(demo):
     for row in rows:
         assert row["method"] in page
     assert (demo[0].folder / "policies.svg").read_text().startswith("<svg")
-    assert "Evicting 256 tokens with h2o:budget=0.25" in demo[1]
+    assert "Evicting 192 tokens with h2o:budget=0.25" in demo[1]
 
 
 def test_text_is_escaped(demo, tmp_path):
