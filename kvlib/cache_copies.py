@@ -253,16 +253,29 @@ class Copyable:
         model: "PreTrainedModel",
         snapshot: Snapshot,
         *,
+        policy: Policy | None = None,
         codec: str | None = None,
         model_id: str | None = None,
     ) -> Self:
         """A cache of one sequence that goes on where the snapshot was taken.
 
+        Args:
+            model: the model it was taken from.
+            snapshot: from `to_snapshot`.
+            policy: the policy itself, where its name is not registered.
+            codec: see `KVCache`.
+            model_id: see `KVCache`.
+
         Raises:
-            ConfigError: it was taken from another model.
+            ConfigError: it was taken from another model, or under another policy.
+            IncompatibleDataError: another version of the policy took it.
         """
+        if policy is not None and describe(policy) != snapshot.method:
+            raise ConfigError(
+                f"the snapshot was taken under {snapshot.method!r}, this is {describe(policy)!r}"
+            )
         make: Any = cls
-        cache: Self = make(model, snapshot.method, codec=codec, model_id=model_id)
+        cache: Self = make(model, policy or snapshot.method, codec=codec, model_id=model_id)
         if cache.spec != snapshot.block.spec:
             raise ConfigError(
                 f"the snapshot is of model {snapshot.block.spec.model_id!r} "
@@ -307,7 +320,9 @@ class Copyable:
         found = store.load_snapshot(wanted.spec, tokens, wanted.method, codec=wanted.codec)
         if found is None:
             return None
-        return cls.from_snapshot(model, found, codec=wanted.codec, model_id=model_id)
+        return cls.from_snapshot(
+            model, found, policy=wanted.policy, codec=wanted.codec, model_id=model_id
+        )
 
     @cached_property
     def spec(self) -> KVSpec:

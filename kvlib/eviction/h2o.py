@@ -12,8 +12,10 @@ added up. Early tokens have had more queries than late ones, and sums are not no
 so the method is defined.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import ClassVar
 
 import torch
@@ -88,7 +90,7 @@ class H2O:
         held = view.layer.lengths[0]
         if budget is None or held <= budget:
             return ()
-        recent = -int(-self.recent * budget // 1)
+        recent = math.ceil(Fraction(str(self.recent)) * budget)  # the decimal as it is written
         candidates = view.state.entries["scores"][:, : held - recent]
         heavy = self._heavy(candidates, budget - recent)
         last = torch.arange(held - recent, held, device=heavy.device)
