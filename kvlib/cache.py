@@ -286,7 +286,7 @@ class KVCache(Copyable, Cache):
             return
         if self._needs.whole_model:
             self._commit(self._evictable, forward, [0] * self._columns.batch)
-        self._in_prefill &= not forward.ends_prefill
+        self._done(forward)
 
     # Decisions
 
@@ -297,6 +297,10 @@ class KVCache(Copyable, Cache):
             layers, forward, removed, self._columns, self._signals, self.layer_kv
         )
 
+    def _done(self, forward: Forward) -> None:
+        self._in_prefill &= not forward.ends_prefill
+        self._columns.settle(keep_positions=self.needs_mask())
+
     def end_prefill(self) -> None:
         """Say that the prompt is complete: what the policy drops goes now."""
         self._commit_open(0)
@@ -306,7 +310,7 @@ class KVCache(Copyable, Cache):
         nothing = NewColumns(0, None, torch.zeros(columns.batch, 0, dtype=torch.int32))
         last = Forward(nothing, is_step=False, ends_prefill=True)
         self._commit(self._evictable, last, [0] * columns.batch)
-        self._in_prefill = False
+        self._done(last)
 
     # Rolling back
 
@@ -333,31 +337,33 @@ class KVCache(Copyable, Cache):
             raise ConfigError("crop takes a negative number of tokens to remove")
         num = -tokens_to_remove
         opened = self._open
-        if opened is not None:
-            if num > min(opened.new.num, MAX_ROLLBACK):
-                raise ConfigError(
-                    f"cannot take back {num} tokens: the newest forward pass had {opened.new.num}, "
-                    f"and at most {MAX_ROLLBACK} can be taken back"
-                )
-            self._commit_open(num)
-        elif num:
-            self._crop_untouched(num)
-        for layer in self._sliding:
-            layer.crop(tokens_to_remove)
-
-    def _crop_untouched(self, num: int) -> None:
-        touched = (
-            self._needs != Needs()
-            or any(layer.rows is not None for layer in self._evictable)
-            or any(state.nbytes for layer in self._evictable for state in layer.states)
-        )
-        if touched or num > self.num_columns:
+        if opened is not None and num > min(opened.new.num, MAX_ROLLBACK):
+            raise ConfigError(
+                f"cannot take back {num} tokens: the newest forward pass had {opened.new.num}, "
+                f"and at most {MAX_ROLLBACK} can be taken back"
+            )
+        if opened is None and num and (self._has_decided() or num > self.num_columns):
             raise ConfigError(
                 f"cannot take back {num} of {self.num_columns} tokens: policy {self.method!r} has "
                 "decided with them. Call activate_past_recording() before a forward pass that may "
                 "be taken back"
             )
-        self._remove(num)
+        try:
+            for layer in self._sliding:  # all or none of them refuse
+                layer.crop(tokens_to_remove)
+        except RuntimeError as exc:
+            raise ConfigError(f"cannot take back {num} tokens: {exc}") from exc
+        if opened is not None:
+            self._commit_open(num)
+        else:
+            self._remove(num)
+
+    def _has_decided(self) -> bool:
+        return (
+            self._needs != Needs()
+            or any(layer.rows is not None for layer in self._evictable)
+            or any(state.nbytes for layer in self._evictable for state in layer.states)
+        )
 
     def _remove(self, num: int) -> list[int]:
         """Take the last columns out of everything; returns the tokens each sequence lost."""
@@ -374,7 +380,7 @@ class KVCache(Copyable, Cache):
         forward, self._open = self._open, None
         if forward is not None:
             self._commit(self._evictable, forward, self._remove(removed))
-            self._in_prefill &= not forward.ends_prefill
+            self._done(forward)
 
     # Sequences
 

@@ -45,7 +45,8 @@ class Columns:
         num: columns.
         batch: sequences; 0 before the first forward pass.
         valid: bool [B, num]; None while every column is a token.
-        positions: int32 [B, num].
+        positions: int32 [B, num]; None once nothing needs them (`settle`).
+        plain: whether the positions of a sequence count its tokens from 0.
         seen: tokens of each sequence.
         prompt: those that belong to its prompt.
     """
@@ -57,7 +58,10 @@ class Columns:
         self.positions: Tensor | None = None
         self.seen: list[int] = []
         self.prompt: list[int] = []
-        self._last: list[int] = []
+        self.plain: list[bool] = []
+        self._last: list[int] = []  # position of the last token
+        self._before: list[int] = []  # the same before the newest columns
+        self._newest: NewColumns | None = None
 
     @property
     def nbytes(self) -> int:
@@ -87,7 +91,7 @@ class Columns:
             raise ConfigError(
                 f"position_ids are {tuple(given.shape)}; KVCache takes [{batch}, {num}]"
             )
-        positions = positions.to(torch.int32).expand(batch, -1)
+        positions = positions.to(torch.int32).expand(batch, -1).contiguous()
         for row in range(batch):
             mine = positions[row] if valid is None else positions[row][valid[row]]
             last = self._last[row] if self.batch else -1
@@ -120,40 +124,53 @@ class Columns:
 
     def add(self, new: NewColumns, *, to_prompt: bool) -> None:
         """Append columns that `read` has returned; `num` follows with `advance`."""
-        if self.batch == 0:
+        first = self.batch == 0
+        if first:
             self.batch = len(new.positions)
             self.seen, self.prompt = [0] * self.batch, [0] * self.batch
-            self._last = [-1] * self.batch
+            self._last, self.plain = [-1] * self.batch, [True] * self.batch
         if new.valid is not None or self.valid is not None:
             device = new.positions.device
             ones = torch.ones(self.batch, max(self.num, new.num), dtype=torch.bool, device=device)
             old = ones[:, : self.num] if self.valid is None else self.valid
             mine = ones[:, : new.num] if new.valid is None else new.valid
             self.valid = torch.cat([old, mine], dim=1)
-        if self.positions is None:
+        if first:
             self.positions = new.positions
-        else:
+        elif self.positions is not None:
             self.positions = torch.cat([self.positions, new.positions], dim=1)
+        self._newest, self._before = new, list(self._last)
         for row in range(self.batch):
             count = new.tokens(row)
             self.seen[row] += count
             self.prompt[row] += count if to_prompt else 0
-        self._note_last(new)
+            if count:
+                self._last[row] = self._last_of(new, row, 0)
+            # Ascending from 0 on, and as many as tokens: then they count them.
+            self.plain[row] &= self._last[row] == self.seen[row] - 1
+
+    @staticmethod
+    def _last_of(new: NewColumns, row: int, removed: int) -> int:
+        mine = new.positions[row, : new.num - removed]
+        if new.valid is not None:
+            mine = mine[new.valid[row, : len(mine)]]
+        return int(mine[-1])
 
     def advance(self, new: NewColumns) -> None:
         """The forward pass over `new` is done."""
         self.num += new.num
 
-    def _note_last(self, new: NewColumns, removed: int = 0) -> None:
-        for row in range(self.batch):
-            mine = new.positions[row, : new.num - removed]
-            if new.valid is not None:
-                mine = mine[new.valid[row, : len(mine)]]
-            if len(mine):
-                self._last[row] = int(mine[-1])
+    def settle(self, *, keep_positions: bool) -> None:
+        """Nothing can be taken back any more, and positions may no longer be needed."""
+        self._newest = None
+        if not keep_positions:  # what is held of every layer carries its own
+            self.positions = None
 
     def remove(self, num: int) -> list[int]:
-        """Take the last columns out again; returns how many tokens each sequence lost."""
+        """Take the last columns out again; returns how many tokens each sequence lost.
+
+        Without positions, only the newest columns can be taken out.
+        """
         keep = self.num - num
         lost = []
         for row in range(self.batch):
@@ -163,11 +180,16 @@ class Columns:
             lost.append(gone)
         if self.valid is not None:
             self.valid = self.valid[:, :keep]
-        assert self.positions is not None  # noqa: S101
-        self.positions = self.positions[:, :keep]
+        if self.positions is not None:
+            self.positions = self.positions[:, :keep]
         for row in range(self.batch):
-            left = self.token_positions(row)
-            self._last[row] = int(left[-1]) if len(left) else -1
+            if self.positions is not None:
+                left = self.token_positions(row)
+                self._last[row] = int(left[-1]) if len(left) else -1
+            elif self._newest is not None and self._newest.tokens(row, num):
+                self._last[row] = self._last_of(self._newest, row, num)
+            else:
+                self._last[row] = self._before[row]
         self.num = keep
         return lost
 
@@ -180,15 +202,17 @@ class Columns:
     def fork(self) -> "Columns":
         """A copy; its tensors are shared, since none is ever written to."""
         twin = copy(self)
-        twin.seen, twin.prompt, twin._last = list(self.seen), list(self.prompt), list(self._last)
+        for name in ("seen", "prompt", "plain", "_last", "_before"):
+            setattr(twin, name, list(getattr(self, name)))
         return twin
 
     def take(self, order: Sequence[int]) -> None:
         """Make the batch consist of these sequences."""
         self.batch = len(order)
-        self.seen = [self.seen[i] for i in order]
-        self.prompt = [self.prompt[i] for i in order]
-        self._last = [self._last[i] for i in order]
+        for name in ("seen", "prompt", "plain", "_last", "_before"):
+            held = getattr(self, name)
+            setattr(self, name, [held[i] for i in order])
+        self._newest = None
         index = torch.tensor(order)
         if self.valid is not None:
             self.valid = self.valid[index.to(self.valid.device)]

@@ -52,9 +52,7 @@ def _snapshot_of(
         ConfigError: positions do not count the sequence's tokens.
     """
     seen = columns.seen[sequence]
-    positions = columns.token_positions(sequence)
-    plain = torch.arange(seen, dtype=torch.int32, device=positions.device)
-    if not torch.equal(positions, plain):
+    if not columns.plain[sequence]:
         raise ConfigError(
             f"positions of sequence {sequence} do not count its tokens from 0: pass position_ids "
             "that leave out the padding (generate() does)"

@@ -189,6 +189,14 @@ def _insert(x: Tensor, at: int, new: Tensor) -> Tensor:
     return torch.cat([x[:at], new.to(x.dtype), x[at:]])
 
 
+def _alone(x: Tensor) -> Tensor:
+    """The tensor itself, or a copy where it is part of a larger one that it would keep alive.
+
+    Models that compute queries, keys and values in one product hand out such views.
+    """
+    return x.clone() if x.untyped_storage().nbytes() > x.numel() * x.element_size() else x
+
+
 def layer_of(
     layer_idx: int, keys: Tensor, values: Tensor, positions: Tensor, valid: Tensor | None
 ) -> LayerKV:
@@ -317,6 +325,8 @@ class EvictableLayer(CacheLayerMixin):
         if self.keys is not None and self.values is not None:
             keys = torch.cat([self.keys, keys], dim=-2)
             values = torch.cat([self.values, values], dim=-2)
+        else:
+            keys, values = (_alone(x) for x in (keys, values))
         self.keys, self.values = keys, values
         return keys, values
 
@@ -371,11 +381,13 @@ def make_layers(cache: Any, config: Any) -> list[Any]:
     kinds = [str(spec.kind) for spec in layer_specs(config)]
     made: list[Any] = []
     for index, layer in enumerate(DynamicCache(config=config).layers):
-        if type(layer) is DynamicLayer and kinds[index] == "full":
-            made.append(EvictableLayer(cache, index))
-        elif type(layer) is DynamicSlidingWindowLayer and not getattr(
+        if type(layer) is DynamicSlidingWindowLayer and getattr(
             config, "attention_chunk_size", None
         ):
+            kinds[index] = "chunked"
+        if type(layer) is DynamicLayer and kinds[index] == "full":
+            made.append(EvictableLayer(cache, index))
+        elif type(layer) is DynamicSlidingWindowLayer and kinds[index] == "sliding":
             made.append(layer)
         else:
             raise ConfigError(

@@ -299,8 +299,8 @@ def test_results_do_not_depend_on_the_block_size(elements, monkeypatch):
         synthetic = int(weights and form != "range")
         layer = random_layer(form, heads=2, old=old, new=num, weights=weights, synthetic=synthetic)
         query = random_query(6, num)
-        for logits in (Logits(), Logits(window=4), Logits(softcap=2.0, sinks=torch.ones(6))):
-            cases.append((query, layer, logits))
+        kinds = (Logits(), Logits(window=4), Logits(softcap=2.0, sinks=torch.ones(6)))
+        cases += [(query, layer, logits) for logits in kinds]
     whole = [attend(*case, with_column_sums=True) for case in cases]
     monkeypatch.setattr(kvlib.attention, "BLOCK_ELEMENTS", elements)
     for case, want in zip(cases, whole, strict=True):
@@ -336,7 +336,7 @@ def test_another_dtype_or_width(ask):
         ask(random_query(4, 3).bfloat16(), layer)
     for part in ("layer 7", "queries are torch.bfloat16 of 8", "keys torch.float32 of 8"):
         assert part in str(caught.value)
-    with pytest.raises(ShapeError, match="queries are torch.float32 of 6 channels, .* of 8"):
+    with pytest.raises(ShapeError, match=r"queries are torch.float32 of 6 channels, .* of 8"):
         ask(random_query(4, 3, 6), layer)
 
 

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a cache refuses, and what it leaves alone."""
+
+import gc
+import threading
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import kvlib
+from kvlib.errors import ConfigError, UnknownPluginError
+from kvlib.testing.models import tiny_model
+
+
+@pytest.fixture
+def model():
+    return tiny_model()
+
+
+def ids(num: int, *, batch: int = 1, seed: int = 0) -> torch.Tensor:
+    return torch.randint(1, 199, (batch, num), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def forward(model, cache, tokens, **more):
+    return model(tokens, past_key_values=cache, **more).logits
+
+
+# Arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"policy": "snapkv:budget=0.25 | int8", "codec": "int4"}, "two codecs: int8.*'int4'"),
+        ({"policy": "snapkv+h2o"}, "together"),
+        ({"policy": "h2o:budgt=0.5"}, "budget"),
+        ({"policy": "h2o:budget=2.0"}, r"h2o: .*\(0, 1\]"),
+        ({"policy": "snapkv;h2o"}, "several methods"),
+        ({"prefill_chunk_size": 0}, "prefill_chunk_size must be 1 or more"),
+    ],
+)
+def test_wrong_arguments(model, arguments, message):
+    """Each gets an error that says what was seen."""
+    with pytest.raises(ConfigError, match=message):
+        kvlib.KVCache(model, **arguments)
+
+
+def test_unknown_policies_get_a_suggestion(model):
+    """And nothing was hooked for them."""
+    with pytest.raises(UnknownPluginError, match="snapkv"):
+        kvlib.KVCache(model, "snapk:budget=0.5")
+    assert not model.model._forward_pre_hooks
+
+
+def test_a_codec_may_be_given_apart_or_in_the_method(model):
+    """Both are the same; a method may be a codec alone."""
+    assert kvlib.KVCache(model, "h2o:budget=0.5 | int8").codec == "int8"
+    assert kvlib.KVCache(model, "h2o:budget=0.5", codec="int8").codec == "int8"
+    alone = kvlib.KVCache(model, "| int4:group=8")
+    assert (alone.method, alone.codec) == ("full", "int4:group=8")
+
+
+# Forward passes
+
+
+@pytest.mark.parametrize(
+    ("tokens", "more", "message"),
+    [
+        (ids(3, batch=2), {}, "holds 1 sequences, the forward has 2"),
+        (ids(3), {"attention_mask": torch.ones(1, 3)}, r"\(1, 3\).*\[1, 23\]"),
+        (ids(3), {"attention_mask": torch.ones(1, 1, 3, 23)}, r"\(1, 1, 3, 23\)"),
+        (
+            ids(3),
+            {"attention_mask": torch.cat([torch.zeros(1, 1), torch.ones(1, 22)], 1)},
+            "hides columns that were tokens",
+        ),
+        (ids(3), {"position_ids": torch.tensor([[19, 20, 21]])}, "ascend from 20 on"),
+        (ids(3), {"position_ids": torch.tensor([[20, 21, 0]])}, "no packing"),
+        (ids(3), {"position_ids": torch.zeros(3, 1, 3, dtype=torch.int64)}, r"\(3, 1, 3\)"),
+    ],
+)
+def test_passes_that_do_not_go_on(model, tokens, more, message):
+    """They are refused before anything changes: the cache goes on."""
+    cache, plain = (kvlib.KVCache(model, "h2o:budget=0.25") for _ in range(2))
+    for each in (cache, plain):
+        forward(model, each, ids(20))
+    with pytest.raises(ConfigError, match=message):
+        forward(model, cache, tokens, **more)
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(forward(model, cache, ids(2)), forward(model, plain, ids(2)))
+
+
+def test_each_model_has_its_own_caches(model):
+    """Another model is refused, whether it has caches of its own or not; so is `update` by hand."""
+    other = tiny_model(seed=1)
+    cache = kvlib.KVCache(model)
+    with pytest.raises(ConfigError, match="make one for each model"):
+        forward(other, cache, ids(4))
+    kept = kvlib.KVCache(other)
+    with pytest.raises(ConfigError, match="make one for each model"):
+        forward(other, cache, ids(4))
+    forward(other, kept, ids(4))
+    with pytest.raises(ConfigError, match="outside of a forward pass"):
+        cache.update(torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 8), 0)
+    forward(model, cache, ids(4))
+
+
+def test_a_failed_pass_spoils_the_cache_and_nothing_else(model):
+    """What is half updated is not used again; the model is as before."""
+    cache = kvlib.KVCache(model, "h2o:budget=0.25")
+    forward(model, cache, ids(20))
+
+    def fail(*_):
+        raise RuntimeError("out of something")
+
+    hook = model.model.layers[1].register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="out of something"):
+        forward(model, cache, ids(1))
+    hook.remove()
+    assert model.config._attn_implementation == "sdpa"
+    with pytest.raises(ConfigError, match="make a new one"):
+        forward(model, cache, ids(1))
+    forward(model, kvlib.KVCache(model), ids(20))
+    cache.reset()
+    fresh = kvlib.KVCache(model, "h2o:budget=0.25")
+    assert torch.equal(forward(model, cache, ids(20)), forward(model, fresh, ids(20)))
+    assert cache.layer_kv(0).equal(fresh.layer_kv(0))
+
+
+def test_layers_that_a_policy_does_not_see():
+    """`layer_kv` of an empty or a sliding layer says so."""
+    model = tiny_model("Gemma3TextConfig", sliding_window=16, num_hidden_layers=6)
+    cache = kvlib.KVCache(model)
+    with pytest.raises(ConfigError, match="is empty"):
+        cache.layer_kv(5)
+    with pytest.raises(ConfigError, match="sliding window"):
+        cache.layer_kv(0)
+
+
+def test_masks_that_are_not_causal_are_refused():
+    """Bidirectional image tokens would be read as causal without a word."""
+    model = tiny_model("Gemma3TextConfig", sliding_window=16, num_hidden_layers=6)
+    model.config.use_bidirectional_attention = True
+    with pytest.raises(ConfigError, match="overlays its causal mask"):
+        forward(model, kvlib.KVCache(model), ids(8))
+
+
+# The model
+
+
+def test_the_model_is_left_as_it_was(model):
+    """Config and hooks during a pass, after it, and after the last cache is gone."""
+    seen = []
+    probe = model.model.layers[0].register_forward_hook(
+        lambda *_: seen.append(model.config._attn_implementation)
+    )
+    first, second = kvlib.KVCache(model), kvlib.KVCache(model)
+    forward(model, first, ids(4))
+    forward(model, DynamicCache(config=model.config), ids(4))
+    probe.remove()
+    assert seen == ["kvlib", "sdpa"]
+    assert model.config._attn_implementation == "sdpa"
+    assert len(model.model._forward_pre_hooks) == len(model.model._forward_hooks) == 1
+    del first
+    gc.collect()
+    assert len(model.model._forward_pre_hooks) == 1
+    del second
+    gc.collect()
+    assert not model.model._forward_pre_hooks
+    assert not model.model._forward_hooks
+
+
+def test_weights_are_still_returned_for_ordinary_caches(model):
+    """`output_attentions` of an eager model works while a KVCache exists."""
+    model.set_attn_implementation("eager")
+    cache = kvlib.KVCache(model)
+    with torch.no_grad():
+        out = model(
+            ids(6), past_key_values=DynamicCache(config=model.config), output_attentions=True
+        )
+    assert out.attentions[0].shape == (1, 6, 6, 6)
+    forward(model, cache, ids(6))
+
+
+def test_ordinary_caches_in_another_thread(model):
+    """While one thread runs over KVCaches, another's ordinary passes give the same as ever."""
+    expected = {}
+    for seed in range(4):
+        tokens = ids(40, seed=seed)
+        expected[seed] = forward(model, DynamicCache(config=model.config), tokens)
+    evicting = kvlib.KVCache(model, "h2o:budget=0.25")
+    want = [forward(model, evicting, ids(40))]
+    want += [forward(model, evicting, ids(1, seed=s)) for s in range(30)]
+    wrong: list[str] = []
+    stop = threading.Event()
+
+    def ordinary() -> None:
+        while not stop.is_set():
+            for seed, logits in expected.items():
+                cache = DynamicCache(config=model.config)
+                if not torch.equal(forward(model, cache, ids(40, seed=seed)), logits):
+                    wrong.append(f"seed {seed}")
+
+    def ours() -> None:
+        for _ in range(3):
+            cache = kvlib.KVCache(model, "h2o:budget=0.25")
+            found = [forward(model, cache, ids(40))]
+            found += [forward(model, cache, ids(1, seed=s)) for s in range(30)]
+            if not all(torch.equal(a, b) for a, b in zip(found, want, strict=True)):
+                wrong.append("KVCache")
+
+    others = [threading.Thread(target=ordinary) for _ in range(2)]
+    mine = [threading.Thread(target=ours) for _ in range(2)]
+    for thread in (*others, *mine):
+        thread.start()
+    for thread in mine:
+        thread.join()
+    stop.set()
+    for thread in others:
+        thread.join()
+    assert wrong == []
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    "method", ["streaming:budget=0.25", "snapkv:budget=0.25", "h2o:budget=0.25"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu(method, dtype):
+    """The device gives the plans of the CPU in float32, and fits the budget in bfloat16."""
+    model = tiny_model(head_dim=64, hidden_size=384).to("cuda", dtype)
+    cache = kvlib.KVCache(model, method)
+    tokens = ids(400)
+    out = model.generate(
+        tokens.cuda(),
+        past_key_values=cache,
+        max_new_tokens=8,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    twin = cache.fork()
+    more = ids(5, seed=1).cuda()
+    assert torch.equal(forward(model, cache, more), forward(model, twin, more))
+    if dtype is torch.float32:
+        on_cpu = tiny_model(head_dim=64, hidden_size=384)
+        plain = kvlib.KVCache(on_cpu, method)
+        forward(on_cpu, plain, tokens)
+        for token in out[0, 400:-1].tolist():
+            forward(on_cpu, plain, torch.tensor([[token]]))
+        forward(on_cpu, plain, more.cpu())
+        kept = [set(c.layer_kv(0).positions[0].tolist()) for c in (cache, plain)]
+        assert len(kept[0] & kept[1]) > 0.95 * len(kept[1])  # near-ties fall either way
+    else:
+        assert set(cache.layer_kv(0).lengths) <= {100, 112}
