@@ -23,7 +23,7 @@ from kvlib.blocks import LayerKV
 from kvlib.cache_columns import Columns, NewColumns
 from kvlib.cache_copies import Copyable
 from kvlib.cache_decisions import Decisions, Forward, read_policy
-from kvlib.cache_layers import EvictableLayer, layer_of, make_layers
+from kvlib.cache_layers import EvictableLayer, alone, layer_of, make_layers
 from kvlib.cache_signals import MAX_ROLLBACK, Signals
 from kvlib.errors import ConfigError
 from kvlib.eviction.base import LayerState, Needs, Policy
@@ -104,10 +104,9 @@ class KVCache(Copyable, Cache):
     def nbytes(self) -> int:
         """Bytes held: keys, values, positions, space to grow, policy state."""
         total = sum(layer.nbytes for layer in self._evictable)
-        for layer in self._sliding:
-            total += sum(
-                x.numel() * x.element_size() for x in (layer.keys, layer.values) if x is not None
-            )
+        for layer in self._sliding:  # these are views of a step's tensors, which stay alive
+            held = [x for x in (layer.keys, layer.values) if x is not None]
+            total += sum(x.untyped_storage().nbytes() for x in held)
         return total + self._columns.nbytes + self._signals.nbytes
 
     @property
@@ -281,6 +280,9 @@ class KVCache(Copyable, Cache):
                 "transformers' attention interface: KVCache does not support it"
             )
         self._columns.advance(forward.new)
+        if forward.new.num > 1:  # else a window would keep the whole pass alive
+            for layer in self._sliding:
+                layer.keys, layer.values = alone(layer.keys), alone(layer.values)
         if self.record_past:
             self._open = forward
             return

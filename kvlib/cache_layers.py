@@ -28,7 +28,7 @@ from kvlib.model_spec import layer_specs
 from kvlib.plans import Demote, KeepTokens, apply_plan
 from kvlib.spec import RopeSpec
 
-__all__ = ["EvictableLayer", "LayerRow", "extend_entries", "layer_of", "make_layers"]
+__all__ = ["EvictableLayer", "LayerRow", "alone", "extend_entries", "layer_of", "make_layers"]
 
 SLACK = 64
 """Most entries that a growing row allocates ahead, so that most steps copy nothing."""
@@ -189,7 +189,7 @@ def _insert(x: Tensor, at: int, new: Tensor) -> Tensor:
     return torch.cat([x[:at], new.to(x.dtype), x[at:]])
 
 
-def _alone(x: Tensor) -> Tensor:
+def alone(x: Tensor) -> Tensor:
     """The tensor itself, or a copy where it is part of a larger one that it would keep alive.
 
     Models that compute queries, keys and values in one product hand out such views.
@@ -326,7 +326,7 @@ class EvictableLayer(CacheLayerMixin):
             keys = torch.cat([self.keys, keys], dim=-2)
             values = torch.cat([self.values, values], dim=-2)
         else:
-            keys, values = (_alone(x) for x in (keys, values))
+            keys, values = (alone(x) for x in (keys, values))
         self.keys, self.values = keys, values
         return keys, values
 

@@ -113,3 +113,15 @@ def test_a_joint_projection_is_not_kept_alive(config):
     cache = kvlib.KVCache(model)
     model(ids(40, 2), past_key_values=cache)
     assert cache.nbytes == storages(cache)
+
+
+@torch.no_grad()
+def test_a_window_does_not_keep_the_whole_prompt_alive():
+    """Sliding layers hold their window after a long prompt, and nbytes counts what is alive."""
+    model = tiny_model("Gemma3TextConfig", sliding_window=16, num_hidden_layers=6)
+    cache = kvlib.KVCache(model, "h2o:budget=0.25")
+    for num in (400, 1, 1):
+        model(ids(num), past_key_values=cache)
+        assert cache.nbytes == storages(cache)
+        for layer in cache.layers[:5]:
+            assert layer.keys.untyped_storage().nbytes() <= layer.keys.nbytes * 16 / 15
