@@ -26,7 +26,7 @@ from kvlib.cache_decisions import Decisions, Forward, read_policy
 from kvlib.cache_layers import EvictableLayer, alone, layer_of, make_layers
 from kvlib.cache_signals import MAX_ROLLBACK, Signals
 from kvlib.errors import ConfigError
-from kvlib.eviction.base import LayerState, Needs, Policy
+from kvlib.eviction.base import LayerState, Policy
 from kvlib.model_hooks import AttentionCall, decoder_of, untraced, watch
 from kvlib.model_spec import layer_specs
 from kvlib.registry import describe
@@ -362,7 +362,7 @@ class KVCache(Copyable, Cache):
 
     def _has_decided(self) -> bool:
         return (
-            self._needs != Needs()
+            self._needs.any_signal
             or any(layer.rows is not None for layer in self._evictable)
             or any(state.nbytes for layer in self._evictable for state in layer.states)
         )

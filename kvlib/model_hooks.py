@@ -154,11 +154,17 @@ class _Watch:
             decoder.register_forward_hook(self._after, with_kwargs=True, always_call=True),
         ]
 
+    def __reduce__(self) -> Any:
+        # A copied or saved model takes the hooks along, but nothing watches over the copy.
+        return _unwatched, ()
+
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def _cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _cache(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if _watched.get(module) is not self:
+            return None
         cache = kwargs.get("past_key_values")
         if cache is None and args:
             cache = self._signature.bind_partial(*args, **kwargs).arguments.get("past_key_values")
@@ -166,7 +172,7 @@ class _Watch:
 
     @untraced
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = self._cache(args, kwargs)
+        cache = self._cache(module, args, kwargs)
         if cache is None:
             return
         arguments = self._signature.bind_partial(*args, **kwargs).arguments
@@ -178,12 +184,16 @@ class _Watch:
     def _after(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        cache = self._cache(args, kwargs)
+        cache = self._cache(module, args, kwargs)
         if cache is None or not any(running is cache for running in _passes.stack):
             return  # not ours, or `begin_forward` refused it
         _passes.stack.pop()
         _restore(module.config)
         cache.end_forward(failed=output is None)
+
+
+def _unwatched() -> _Watch:
+    return object.__new__(_Watch)
 
 
 def _switch(config: Any) -> None:

@@ -375,9 +375,10 @@ def _show_policies(data: dict[str, Any], console: Console) -> None:
     table = Table(
         title=f"{data['context_tokens']} tokens under each eviction policy, alone and as {codec}",
         box=SIMPLE_HEAD,
+        padding=0,
         pad_edge=False,
     )
-    names = ("method", "MiB", "KL", "top-1", "prefill", "step", f"{codec}: MiB", "KL", "top-1")
+    names = ("method", "MiB", "KL", "top-1", "prefill", "step", f"{codec} MiB", "KL", "top-1")
     for name in names:
         table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     for row in data["rows"]:

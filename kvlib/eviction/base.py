@@ -40,12 +40,20 @@ class Needs:
         query_window: attention received from this many last queries of the prompt.
         whole_model: whether plans depend on all layers together. If not, a layer is evicted as soon
             as its own attention is done, before the next layer fills up.
+        steps: whether `on_step` is to be called at all; a policy that decides at the end of the
+            prompt and then keeps everything says no, and costs nothing afterwards.
     """
 
     prefill_column_sums: bool = False
     step_column_sums: bool = False
     query_window: int = 0
     whole_model: bool = False
+    steps: bool = True
+
+    @property
+    def any_signal(self) -> bool:
+        """Whether anything has to be computed for the policy."""
+        return self.prefill_column_sums or self.step_column_sums or self.query_window > 0
 
 
 @dataclass(slots=True)

@@ -21,7 +21,7 @@ class Full:
     @property
     def needs(self) -> Needs:
         """Nothing."""
-        return Needs()
+        return Needs(steps=False)
 
     def on_prefill_chunk(self, view: LayerView) -> None:
         """Nothing to note."""

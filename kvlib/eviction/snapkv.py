@@ -69,7 +69,8 @@ class SnapKV:
     @property
     def needs(self) -> Needs:
         """What the last queries look at."""
-        return Needs(query_window=0 if keeps_all(self.budget) else self.window)
+        window = 0 if keeps_all(self.budget) else self.window
+        return Needs(query_window=window, steps=False)
 
     def on_prefill_chunk(self, view: LayerView) -> None:
         """Nothing to note."""

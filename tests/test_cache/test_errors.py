@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a cache refuses, and what it leaves alone."""
 
+import copy
 import gc
 import threading
 
@@ -170,6 +171,19 @@ def test_the_model_is_left_as_it_was(model):
     gc.collect()
     assert not model.model._forward_pre_hooks
     assert not model.model._forward_hooks
+
+
+def test_copies_of_a_model_have_hooks_of_their_own(model):
+    """A model copied while caches of it live works with its own caches, with or without them."""
+    cache = kvlib.KVCache(model, "h2o:budget=0.25")
+    twin = copy.deepcopy(model)
+    expected = forward(model, cache, ids(20))
+    assert torch.equal(forward(twin, DynamicCache(config=twin.config), ids(20)), expected)
+    with pytest.raises(ConfigError, match="make one for each model"):
+        forward(twin, kvlib.KVCache(model), ids(20))
+    own = kvlib.KVCache(twin, "h2o:budget=0.25")
+    assert torch.equal(forward(twin, own, ids(20)), expected)
+    assert own.layer_kv(0).equal(cache.layer_kv(0))
 
 
 def test_weights_are_still_returned_for_ordinary_caches(model):
