@@ -148,6 +148,11 @@ class KVCache(Copyable, Cache):
             raise ConfigError("an earlier forward pass over this KVCache failed: make a new one")
         if self._forward is not None:
             raise ConfigError("two forward passes at once over one KVCache: each needs its own")
+        if arguments.get("output_attentions"):
+            raise ConfigError(
+                "KVCache returns no attention weights: leave output_attentions out. A policy gets "
+                "sums of them as signals (kvlib.eviction.Needs)"
+            )
         new = self._columns.read(arguments)
         self._commit_open(0)
         chunk = self.prefill_chunk_size
@@ -202,10 +207,16 @@ class KVCache(Copyable, Cache):
             return None
         forward = self._forward
         assert forward is not None  # noqa: S101
-        if layer.pending is None or layer.pending[0] is not key:
+        if layer.pending is None:
             raise ConfigError(
-                f"{type(call.module).__name__} changes keys after caching them, or layer {index} "
-                "reads the keys of another layer: KVCache does not support this model"
+                f"{type(call.module).__name__} attends without giving its keys to the cache: "
+                "KVCache works neither with gradient checkpointing nor with layers that read the "
+                "keys of others"
+            )
+        if layer.pending[0] is not key:
+            raise ConfigError(
+                f"{type(call.module).__name__} changes keys after caching them: KVCache does not "
+                "support this model"
             )
         logits = call.logits()
         if layer.rows is None:

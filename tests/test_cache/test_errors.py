@@ -93,6 +93,28 @@ def test_passes_that_do_not_go_on(model, tokens, more, message):
     assert torch.equal(forward(model, cache, ids(2)), forward(model, plain, ids(2)))
 
 
+def test_what_a_pass_cannot_have(model):
+    """Attention weights, and gradient checkpointing, which takes the cache away from the layers."""
+    with pytest.raises(ConfigError, match="output_attentions"):
+        forward(model, kvlib.KVCache(model), ids(4), output_attentions=True)
+    model.activation_checkpointing_enable()
+    model.train(True)
+    with pytest.raises(ConfigError, match="gradient checkpointing"):
+        forward(model, kvlib.KVCache(model), ids(4))
+
+
+def test_inference_mode_and_no_grad_may_alternate(model):
+    """Rows made in inference mode can be grown outside of it, and the other way round."""
+    mixed, plain = (kvlib.KVCache(model, "h2o:budget=0.25") for _ in range(2))
+    with torch.inference_mode():
+        first = model(ids(40), past_key_values=mixed).logits
+    assert torch.equal(first, forward(model, plain, ids(40)))
+    for turn, token in enumerate(ids(6, seed=1)[0]):
+        with torch.inference_mode(mode=turn % 2 == 1):
+            found = model(token[None, None], past_key_values=mixed).logits
+        assert torch.equal(found, forward(model, plain, token[None, None]))
+
+
 def test_each_model_has_its_own_caches(model):
     """Another model is refused, whether it has caches of its own or not; so is `update` by hand."""
     other = tiny_model(seed=1)
