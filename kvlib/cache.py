@@ -50,7 +50,8 @@ class KVCache(Copyable, Cache):
         policy: method string or policy object; after a ``|``, the codec of its snapshots.
         codec: the same, given apart.
         prefill_chunk_size: as given to `generate()`: a prompt is fed in pieces of so many tokens. A
-            shorter piece, the first single token after whole ones, or `end_prefill` ends it.
+            shorter piece, the first single token after whole ones, or `end_prefill` ends it; with
+            1, only `end_prefill` does.
         model_id: identity of the weights, for snapshots of models that came from no hub and no
             folder.
 
@@ -96,6 +97,7 @@ class KVCache(Copyable, Cache):
         self._whole_chunk = False  # the newest pass was a piece of the prompt, more may follow
         self._forward: Forward | None = None  # running
         self._open: Forward | None = None  # done, but `crop` may still shorten it
+        self._attended = 0  # layers that the running pass has been through
         self._failed = False
 
     # What it is
@@ -144,10 +146,7 @@ class KVCache(Copyable, Cache):
             raise ConfigError(
                 f"this KVCache was made for another {self._model_name}; make one for each model"
             )
-        if self._failed:
-            raise ConfigError("an earlier forward pass over this KVCache failed: make a new one")
-        if self._forward is not None:
-            raise ConfigError("two forward passes at once over one KVCache: each needs its own")
+        self._check_usable()
         if arguments.get("output_attentions"):
             raise ConfigError(
                 "KVCache returns no attention weights: leave output_attentions out. A policy gets "
@@ -163,12 +162,19 @@ class KVCache(Copyable, Cache):
             for layer in self._evictable:
                 layer.states = [LayerState() for _ in new.positions]
         self._whole_chunk = chunk is not None and new.num >= chunk
+        self._attended = 0
         self._forward = Forward(
             new,
             is_step=not self._in_prefill,
             ends_prefill=self._in_prefill and not self._whole_chunk,
         )
         self._columns.add(new, to_prompt=self._in_prefill)
+
+    def _check_usable(self) -> None:
+        if self._failed:
+            raise ConfigError("an earlier forward pass over this KVCache failed: make a new one")
+        if self._forward is not None:
+            raise ConfigError("two forward passes at once over one KVCache: each needs its own")
 
     def _warn_about_pieces(self, num: int) -> None:
         evicted = any(layer.rows is not None for layer in self._evictable)
@@ -218,6 +224,7 @@ class KVCache(Copyable, Cache):
                 f"{type(call.module).__name__} changes keys after caching them: KVCache does not "
                 "support this model"
             )
+        self._attended += 1
         logits = call.logits()
         if layer.rows is None:
             keys, values = layer.grow()
@@ -242,7 +249,7 @@ class KVCache(Copyable, Cache):
         self._signals.observe(
             layer.layer_idx,
             row,
-            query if valid is None else query[:, valid[row]],
+            query if valid is None else query[:, valid[row].to(query.device)],
             lambda: self.layer_kv(layer.layer_idx, row),
             logits,
             is_step=forward.is_step,
@@ -254,6 +261,8 @@ class KVCache(Copyable, Cache):
         assert forward is not None and layer.pending is not None and layer.rows is not None  # noqa: S101, PT018
         keys, values = layer.pending
         layer.pending = None
+        if call.options.get("dropout"):
+            raise ConfigError("KVCache has no attention dropout: put the model in eval mode")
         new = forward.new
         for row, held in enumerate(layer.rows):
             where = slice(None) if new.valid is None else new.valid[row].to(keys.device)
@@ -290,6 +299,12 @@ class KVCache(Copyable, Cache):
                 f"{self._model_name} caches keys but its attention does not go through "
                 "transformers' attention interface: KVCache does not support it"
             )
+        if self._attended != len(self._evictable):
+            self._failed = True
+            raise ConfigError(
+                f"only {self._attended} of {len(self._evictable)} layers ran over this KVCache: it "
+                "cannot be used where layers are skipped"
+            )
         self._columns.advance(forward.new)
         if forward.new.num > 1:  # else a window would keep the whole pass alive
             for layer in self._sliding:
@@ -306,9 +321,13 @@ class KVCache(Copyable, Cache):
     def _commit(
         self, layers: Sequence[EvictableLayer], forward: Forward, removed: Sequence[int]
     ) -> None:
-        self._decisions.commit(
-            layers, forward, removed, self._columns, self._signals, self.layer_kv
-        )
+        try:
+            self._decisions.commit(
+                layers, forward, removed, self._columns, self._signals, self.layer_kv
+            )
+        except BaseException:  # some layers have been decided, others not
+            self._failed = True
+            raise
 
     def _done(self, forward: Forward) -> None:
         self._in_prefill &= not forward.ends_prefill
@@ -316,6 +335,7 @@ class KVCache(Copyable, Cache):
 
     def end_prefill(self) -> None:
         """Say that the prompt is complete: what the policy drops goes now."""
+        self._check_usable()
         self._commit_open(0)
         columns = self._columns
         if not self._in_prefill or columns.batch == 0:
@@ -348,6 +368,7 @@ class KVCache(Copyable, Cache):
         """
         if tokens_to_remove > 0:
             raise ConfigError("crop takes a negative number of tokens to remove")
+        self._check_usable()
         num = -tokens_to_remove
         opened = self._open
         if opened is not None and num > min(opened.new.num, MAX_ROLLBACK):

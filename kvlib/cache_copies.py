@@ -12,7 +12,7 @@ from torch import Tensor
 from kvlib.blocks import KVBlock, LayerKV
 from kvlib.cache_columns import Columns, NewColumns
 from kvlib.cache_layers import EvictableLayer, LayerRow
-from kvlib.errors import ConfigError, CorruptDataError, IncompatibleDataError
+from kvlib.errors import CodecError, ConfigError, CorruptDataError, IncompatibleDataError
 from kvlib.eviction.base import LayerState, Policy
 from kvlib.model_spec import spec_for_model
 from kvlib.registry import describe
@@ -91,6 +91,10 @@ def _sliding_part(index: int, layer: Any, columns: Columns, sequence: int) -> La
     )
 
 
+def _is_count(x: Tensor) -> bool:
+    return x.numel() == 1 and x.dtype == torch.int64
+
+
 def _restored_columns(snapshot: Snapshot, policy: Policy, device: torch.device) -> Columns:
     """The columns of a cache that begins with this snapshot.
 
@@ -98,15 +102,14 @@ def _restored_columns(snapshot: Snapshot, policy: Policy, device: torch.device) 
         IncompatibleDataError: another version of the policy took it.
         CorruptDataError: the state lacks the length of the prompt.
     """
-    version = snapshot.state.get(_VERSION)
-    if version is None or version.numel() != 1 or int(version) != policy.version:
+    version, prompt = (snapshot.state.get(name) for name in (_VERSION, _PROMPT))
+    if version is None or not _is_count(version) or int(version) != policy.version:
         raise IncompatibleDataError(
             f"the snapshot is of version {version} of policy {policy.name!r}, this is version "
             f"{policy.version}: run the prompt again"
         )
-    prompt = snapshot.state.get(_PROMPT)
     num = snapshot.block.num_tokens
-    if prompt is None or prompt.numel() != 1 or not 0 <= int(prompt) <= num:
+    if prompt is None or not _is_count(prompt) or not 0 <= int(prompt) <= num:
         raise CorruptDataError(f"the snapshot's prompt is {prompt} of {num} tokens")
     columns = Columns()
     positions = torch.arange(num, dtype=torch.int32, device=device)[None]
@@ -149,11 +152,12 @@ def _copy_into(mine: Sequence[Any], theirs: Sequence[Any]) -> None:
     for layer, other in zip(mine, theirs, strict=True):
         if isinstance(layer, EvictableLayer):
             layer.copy_from(other)
-        elif other.is_initialized:  # a sliding layer replaces its tensors and never writes to them
+            continue
+        layer.record_past = other.record_past
+        if other.is_initialized:  # a sliding layer replaces its tensors and never writes to them
             layer.lazy_initialization(other.keys, other.values)
             layer.keys, layer.values = other.keys, other.values
             layer.cumulative_length = other.cumulative_length
-            layer.record_past = other.record_past
 
 
 def _named(snapshot: Snapshot, prefix: str, device: torch.device) -> dict[str, Tensor]:
@@ -199,10 +203,12 @@ class Copyable:
         def layer_kv(self, layer_idx: int, sequence: int = 0) -> LayerKV:
             """See `KVCache`."""
 
+        def _check_usable(self) -> None: ...
         def _commit_open(self, removed: int) -> None: ...
 
     def fork(self) -> Self:
         """A cache that goes on from here by itself; `copy.deepcopy` does the same."""
+        self._check_usable()
         self._commit_open(0)
         make: Any = type(self)
         twin: Self = make(
@@ -232,6 +238,7 @@ class Copyable:
             ConfigError: nothing is held yet, the prompt is not complete, a sequence has to be
                 named, or the model cannot be identified (pass `model_id` to `KVCache`).
         """
+        self._check_usable()
         self._commit_open(0)
         if self._columns.batch == 0 or self._in_prefill:
             raise ConfigError("a snapshot needs a complete prompt: see KVCache.end_prefill")
@@ -318,9 +325,12 @@ class Copyable:
         found = store.load_snapshot(wanted.spec, tokens, wanted.method, codec=wanted.codec)
         if found is None:
             return None
-        return cls.from_snapshot(
-            model, found, policy=wanted.policy, codec=wanted.codec, model_id=model_id
-        )
+        try:
+            return cls.from_snapshot(
+                model, found, policy=wanted.policy, codec=wanted.codec, model_id=model_id
+            )
+        except CodecError:  # of another version of the policy, or malformed: run the prompt again
+            return None
 
     @cached_property
     def spec(self) -> KVSpec:

@@ -147,7 +147,10 @@ class Decisions:
             ]
             # Nothing may go on holding the batch's tensors: what no plan copies is copied here.
             rows = [row if mine else row.fork() for row, mine in zip(whole, plans, strict=True)]
-        for row, mine in zip(rows, plans, strict=True):
+        for index, mine in enumerate(plans):
+            before = rows[index].layer
             if mine:
-                row.apply(mine, self._ropes[layer.layer_idx])
+                rows[index].apply(mine, self._ropes[layer.layer_idx])
+            if mine and layer.rows is None and rows[index].layer is before:
+                rows[index] = rows[index].fork()  # a plan that changes nothing copies nothing
         layer.fall_apart(rows)

@@ -87,6 +87,7 @@ class LayerRow:
         frozen = layer.keys.is_inference() and not torch.is_inference_mode_enabled()
         if buffers is None or buffers[0].shape[1] < new or frozen:
             size = new if self._shrinks else new + min(SLACK, new // 16 + 1)
+            self._shrinks = False
             heads = layer.num_kv_heads
             buffers = (
                 layer.keys.new_empty(heads, size, keys.shape[-1]),
@@ -152,6 +153,7 @@ class LayerRow:
             len({len(row) for row in only.rows}) > 1
             or len(only.rows) != layer.num_kv_heads
             or buffers[0].shape[1] > num + num // 8 + SLACK  # too much room would stay
+            or (buffers[0].is_inference() and not torch.is_inference_mode_enabled())
         ):
             return False
         index = torch.stack(list(only.rows)).to(layer.keys.device)

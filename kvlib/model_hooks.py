@@ -12,6 +12,7 @@ The hooks go away with the last `KVCache` of the model.
 import inspect
 import sys
 import weakref
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Lock, local
@@ -97,7 +98,7 @@ class _Passes(local):
     """The passes over a `KVCache` that run in this thread, innermost last."""
 
     def __init__(self) -> None:
-        self.stack: list[HookedCache] = []
+        self.stack: list[tuple[nn.Module, HookedCache]] = []
 
 
 _passes = _Passes()
@@ -105,6 +106,8 @@ _lock = Lock()
 _switched: dict[int, tuple[str, int]] = {}
 """By id of a config: the implementation it named, and how many passes need it switched."""
 _watched: "weakref.WeakKeyDictionary[nn.Module, _Watch]" = weakref.WeakKeyDictionary()
+_gone: "deque[weakref.ref[nn.Module]]" = deque()
+"""Decoders one cache of which is gone: garbage collection may find it while the lock is held."""
 
 
 def decoder_of(model: "PreTrainedModel") -> nn.Module:
@@ -127,19 +130,28 @@ def watch(decoder: nn.Module, cache: HookedCache, is_ours: Callable[[Any], bool]
             watcher = _watched[decoder] = _Watch(decoder, is_ours)
         watcher.users += 1
     weakref.finalize(cache, _forget, weakref.ref(decoder))
+    _drain()
 
 
 def _forget(reference: "weakref.ref[nn.Module]") -> None:
-    decoder = reference()
-    if decoder is None:
-        return
-    with _lock:
-        watcher = _watched.get(decoder)
-        if watcher is not None:
-            watcher.users -= 1
-            if watcher.users == 0:
-                watcher.remove()
-                del _watched[decoder]
+    _gone.append(reference)
+    _drain()
+
+
+def _drain() -> None:
+    if not _lock.acquire(blocking=False):
+        return  # whoever holds it is not done with the caches: the next one drains
+    try:
+        while _gone:
+            decoder = _gone.popleft()()
+            watcher = None if decoder is None else _watched.get(decoder)
+            if decoder is not None and watcher is not None:
+                watcher.users -= 1
+                if watcher.users == 0:
+                    watcher.remove()
+                    del _watched[decoder]
+    finally:
+        _lock.release()
 
 
 class _Watch:
@@ -172,24 +184,33 @@ class _Watch:
 
     @untraced
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if _watched.get(module) is self:
+            _end(module, None, failed=True)  # a pass that was interrupted: no hook saw its end
         cache = self._cache(module, args, kwargs)
         if cache is None:
             return
         arguments = self._signature.bind_partial(*args, **kwargs).arguments
         cache.begin_forward(module, arguments | arguments.get("kwargs", {}))
         _switch(module.config)
-        _passes.stack.append(cache)
+        _passes.stack.append((module, cache))
 
     @untraced
     def _after(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         cache = self._cache(module, args, kwargs)
-        if cache is None or not any(running is cache for running in _passes.stack):
-            return  # not ours, or `begin_forward` refused it
-        _passes.stack.pop()
-        _restore(module.config)
-        cache.end_forward(failed=output is None)
+        if cache is not None:  # else not ours
+            _end(module, cache, failed=output is None)
+
+
+def _end(module: nn.Module, cache: HookedCache | None, *, failed: bool) -> None:
+    """End the pass of a decoder that runs in this thread, if it is over this cache (or any)."""
+    for index, (decoder, running) in enumerate(_passes.stack):
+        if decoder is module and cache in (None, running):
+            del _passes.stack[index]
+            _restore(module.config)
+            running.end_forward(failed=failed)
+            return
 
 
 def _unwatched() -> _Watch:
@@ -238,7 +259,7 @@ def _attention(
     original = functions.get_interface(_original_name(module.config), eager)
     if _passes.stack:
         call = AttentionCall(module, query, attention_mask, options, original)
-        output = _passes.stack[-1].attend(key, call)
+        output = _passes.stack[-1][1].attend(key, call)
         if output is not None:
             return output, None
     result: tuple[Tensor, Tensor | None] = original(
@@ -256,7 +277,7 @@ def _mask(*args: Any, **options: Any) -> Any:
                 "this forward pass overlays its causal mask with another one (image tokens, packed "
                 "sequences, ...); KVCache supports causal masks, sliding windows and padding"
             )
-        if options.get("local_size") is None and not _passes.stack[-1].needs_mask():
+        if options.get("local_size") is None and not _passes.stack[-1][1].needs_mask():
             return None
     masks = AttentionMaskInterface()
     name = _original_name(options["config"])

@@ -240,6 +240,21 @@ def test_a_prefix_record_is_no_snapshot():
         kvlib.KVCache.from_snapshot(model, changed(**wrong), model_id="tiny")
 
 
+def test_a_snapshot_of_another_version_is_a_miss(monkeypatch):
+    """`load` says None, as for anything that cannot be used; the prompt is then run again."""
+    from kvlib.eviction.h2o import H2O
+
+    model = tiny_model()
+    cache = filled(model, "h2o:budget=0.25")
+    tokens = torch.cat([ids(60), ids(5, seed=1)], dim=1)
+    with kvlib.KVStore() as store:
+        cache.save(store, tokens)
+        load = kvlib.KVCache.load
+        assert load(model, store, tokens, "h2o:budget=0.25", model_id="tiny") is not None
+        monkeypatch.setattr(H2O, "version", 2)
+        assert load(model, store, tokens, "h2o:budget=0.25", model_id="tiny") is None
+
+
 def test_bytes_of_a_snapshot_are_those_of_its_tensors():
     """nbytes counts the block and the state."""
     snapshot = filled(tiny_model(), "h2o:budget=0.25").to_snapshot()

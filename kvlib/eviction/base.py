@@ -144,7 +144,7 @@ def tokens_to_keep(view: LayerView, budget: float | int) -> int | None:
     A fraction is one of the prompt, fixed when the prompt ends. The fraction 1 keeps everything,
     later tokens too.
     """
-    if keeps_all(budget):
+    if keeps_all(budget) or view.num_prompt == 0:  # a prompt that was all padding has no fraction
         return None
     if isinstance(budget, int):
         return budget

@@ -11,6 +11,8 @@ from transformers import DynamicCache
 
 import kvlib
 from kvlib.errors import ConfigError, UnknownPluginError
+from kvlib.eviction import Needs
+from kvlib.eviction.streaming import Streaming
 from kvlib.testing.models import tiny_model
 
 
@@ -150,6 +152,98 @@ def test_a_failed_pass_spoils_the_cache_and_nothing_else(model):
     fresh = kvlib.KVCache(model, "h2o:budget=0.25")
     assert torch.equal(forward(model, cache, ids(20)), forward(model, fresh, ids(20)))
     assert cache.layer_kv(0).equal(fresh.layer_kv(0))
+
+
+def test_an_interrupted_pass_leaves_the_model_usable(model):
+    """Ctrl-C is no Exception, and no hook sees it: the next pass of the decoder cleans up."""
+    expected = forward(model, DynamicCache(config=model.config), ids(20))
+    cache = kvlib.KVCache(model, "h2o:budget=0.25")
+    forward(model, cache, ids(20))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[1].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        forward(model, cache, ids(1))
+    hook.remove()
+    assert torch.equal(forward(model, DynamicCache(config=model.config), ids(20)), expected)
+    assert model.config._attn_implementation == "sdpa"
+    with pytest.raises(ConfigError, match="make a new one"):
+        forward(model, cache, ids(1))
+
+
+class Unreliable(Streaming):
+    """Fails in some layer of every step."""
+
+    def on_step(self, views):
+        if views[0].layer.layer_idx == 1:
+            raise ValueError("cannot decide")
+        return super().on_step(views)
+
+
+class UnreliableTogether(Unreliable):
+    @property
+    def needs(self):
+        return Needs(whole_model=True)
+
+    def on_step(self, views):
+        raise ValueError("cannot decide")
+
+
+@pytest.mark.parametrize("policy", [Unreliable(budget=0.25), UnreliableTogether(budget=0.25)])
+@pytest.mark.parametrize("recording", [False, True])
+def test_a_policy_that_fails_spoils_the_cache(model, policy, recording):
+    """Half a decision is not built upon: no pass, copy, snapshot or crop of that cache."""
+    cache = kvlib.KVCache(model, policy, model_id="tiny")
+    forward(model, cache, ids(40))
+    if recording:  # then `crop` is what decides
+        cache.activate_past_recording()
+        forward(model, cache, ids(1))
+    with pytest.raises(ValueError, match="cannot decide"):
+        cache.crop(0) if recording else forward(model, cache, ids(1))
+    assert model.config._attn_implementation == "sdpa"
+    for use in (
+        lambda: forward(model, cache, ids(1)),
+        cache.fork,
+        cache.to_snapshot,
+        cache.end_prefill,
+        lambda: cache.crop(0),
+    ):
+        with pytest.raises(ConfigError, match="make a new one"):
+            use()
+
+
+def test_skipped_layers_are_noticed(model):
+    """A pass that leaves out layers would leave their rows behind the others."""
+    cache = kvlib.KVCache(model)
+    forward(model, cache, ids(20))
+    model.config.num_hidden_layers = 2
+    with pytest.raises(ConfigError, match="only 2 of 3 layers"):
+        forward(model, cache, ids(1))
+
+
+def test_dropout_is_refused_once_rows_are_ours():
+    """It would be left out without a word."""
+    model = tiny_model(attention_dropout=0.5)
+    model.train(True)
+    cache = kvlib.KVCache(model, "h2o:budget=0.25")
+    forward(model, cache, ids(20))
+    with pytest.raises(ConfigError, match="eval mode"):
+        forward(model, cache, ids(1))
+
+
+def test_a_decision_may_wait_from_inference_mode_into_no_grad(model):
+    """A recorded pass in inference mode is decided outside of it."""
+    cache = kvlib.KVCache(model, "streaming:budget=0.25")
+    forward(model, cache, ids(40))
+    for _ in range(3):
+        cache.activate_past_recording()
+        with torch.inference_mode():
+            model(ids(1), past_key_values=cache)
+        with torch.no_grad():
+            cache.crop(0)
+    assert cache.layer_kv(0).lengths == (10, 10)
 
 
 def test_layers_that_a_policy_does_not_see():

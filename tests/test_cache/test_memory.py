@@ -125,3 +125,30 @@ def test_a_window_does_not_keep_the_whole_prompt_alive():
         assert cache.nbytes == storages(cache)
         for layer in cache.layers[:5]:
             assert layer.keys.untyped_storage().nbytes() <= layer.keys.nbytes * 16 / 15
+
+
+@torch.no_grad()
+def test_growing_rows_are_not_copied_in_every_step():
+    """After its one eviction, a row that only grows gets room ahead."""
+    model = wide_model()
+    cache = kvlib.KVCache(model, "snapkv:budget=0.5")
+    model(ids(400), past_key_values=cache)
+    places = set()
+    for _ in range(40):
+        model(ids(1), past_key_values=cache)
+        places.add(cache.layer_kv(0).keys.untyped_storage().data_ptr())
+    assert len(places) < 10
+    assert cache.nbytes < 1.1 * 3 * 2 * 240 * (64 * 2 * 2 + 4)
+
+
+@torch.no_grad()
+def test_a_plan_that_keeps_everything_frees_the_batch():
+    """Where one sequence is evicted and another is not, neither holds the whole batch."""
+    model = wide_model()
+    cache = kvlib.KVCache(model, "streaming:budget=100")
+    mask = torch.ones(2, 200, dtype=torch.int64)
+    mask[0, :150] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    model(ids(200, 2), attention_mask=mask, position_ids=positions, past_key_values=cache)
+    assert [cache.layer_kv(0, row).lengths for row in range(2)] == [(50, 50), (100, 100)]
+    assert cache.nbytes == storages(cache)
