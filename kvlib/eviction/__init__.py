@@ -16,6 +16,7 @@ POLICIES: Registry[Policy] = Registry(
     {
         "full": "kvlib.eviction.full:Full",
         "h2o": "kvlib.eviction.h2o:H2O",
+        "random": "kvlib.eviction.random:Random",
         "snapkv": "kvlib.eviction.snapkv:SnapKV",
         "streaming": "kvlib.eviction.streaming:Streaming",
     },

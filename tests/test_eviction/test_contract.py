@@ -27,6 +27,11 @@ class TestSnapKV(PolicyContract):
     bounded_after_prefill: ClassVar[bool] = False
 
 
+class TestRandom(PolicyContract):
+    method: ClassVar[str] = "random:budget={budget},window=2,sinks=1"
+    bounded_after_prefill: ClassVar[bool] = False
+
+
 class TestH2O(PolicyContract):
     method: ClassVar[str] = "h2o:budget={budget}"
 
