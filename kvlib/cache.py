@@ -26,7 +26,7 @@ from kvlib.cache_decisions import Decisions, Forward, read_policy
 from kvlib.cache_layers import EvictableLayer, alone, layer_of, make_layers
 from kvlib.cache_signals import MAX_ROLLBACK, Signals
 from kvlib.errors import ConfigError
-from kvlib.eviction.base import LayerState, Policy
+from kvlib.eviction.base import LayerState, Needs, Policy
 from kvlib.model_hooks import AttentionCall, decoder_of, untraced, watch
 from kvlib.model_spec import layer_specs
 from kvlib.registry import describe
@@ -54,6 +54,7 @@ class KVCache(Copyable, Cache):
             1, only `end_prefill` does.
         model_id: identity of the weights, for snapshots of models that came from no hub and no
             folder.
+        defer: policies to choose from once the prompt, a single pass, has been run: see `decided`.
 
     Raises:
         ConfigError: layers of another kind (named), or two codecs.
@@ -68,6 +69,7 @@ class KVCache(Copyable, Cache):
         codec: str | None = None,
         prefill_chunk_size: int | None = None,
         model_id: str | None = None,
+        defer: Sequence[Policy] = (),
     ) -> None:
         policy, codec = read_policy(policy, codec)
         if prefill_chunk_size is not None and prefill_chunk_size < 1:
@@ -76,7 +78,9 @@ class KVCache(Copyable, Cache):
         self.codec = codec
         self.model_id = model_id
         self.prefill_chunk_size = prefill_chunk_size
-        self._needs = policy.needs
+        if defer and prefill_chunk_size is not None:
+            raise ConfigError("defer takes a prompt in one pass, without prefill_chunk_size")
+        self._defer = tuple(defer)
         config = model.config.get_text_config(decoder=True)
         self._decisions = Decisions(policy, [spec.rope for spec in layer_specs(config)])
         made = make_layers(self, config)
@@ -91,6 +95,8 @@ class KVCache(Copyable, Cache):
 
     def _start(self) -> None:
         self._columns = Columns()
+        self._deferred = bool(self._defer)
+        self._needs = Needs.union([other.needs for other in (self.policy, *self._defer)])
         self._signals = Signals(self._needs)
         self.record_past = False
         self._in_prefill = True
@@ -235,7 +241,7 @@ class KVCache(Copyable, Cache):
                 self._observe(layer, row, call.query[row], logits)
         else:
             output = self._attend_rows(layer, call, logits)
-        if not self.record_past and not self._needs.whole_model:
+        if not (self.record_past or self._deferred or self._needs.whole_model):
             self._commit([layer], forward, [0] * self._columns.batch)
         return output
 
@@ -309,7 +315,7 @@ class KVCache(Copyable, Cache):
         if forward.new.num > 1:  # else a window would keep the whole pass alive
             for layer in self._sliding:
                 layer.keys, layer.values = alone(layer.keys), alone(layer.values)
-        if self.record_past:
+        if self.record_past or self._deferred:
             self._open = forward
             return
         if self._needs.whole_model:
@@ -413,6 +419,9 @@ class KVCache(Copyable, Cache):
     def _commit_open(self, removed: int) -> None:
         forward, self._open = self._open, None
         if forward is not None:
+            if self._deferred:  # this cache is decided now, by its own policy
+                self._deferred, self._needs = False, self.policy.needs
+                self._signals = self._signals.fork(self._needs)
             self._commit(self._evictable, forward, self._remove(removed))
             self._done(forward)
 

@@ -13,7 +13,7 @@ from kvlib.blocks import KVBlock, LayerKV
 from kvlib.cache_columns import Columns, NewColumns
 from kvlib.cache_layers import EvictableLayer, LayerRow
 from kvlib.errors import CodecError, ConfigError, CorruptDataError, IncompatibleDataError
-from kvlib.eviction.base import LayerState, Policy
+from kvlib.eviction.base import LayerState, Needs, Policy
 from kvlib.model_spec import spec_for_model
 from kvlib.registry import describe
 from kvlib.snapshots import Snapshot, SnapshotStore
@@ -22,6 +22,7 @@ from kvlib.spec import KVSpec
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from kvlib.cache_decisions import Forward
     from kvlib.cache_signals import Signals
 
 __all__ = ["Copyable"]
@@ -194,6 +195,9 @@ class Copyable:
         _model: "PreTrainedModel"
         _columns: Columns
         _signals: Signals
+        _needs: Needs
+        _deferred: bool
+        _open: Forward | None
         _in_prefill: bool
 
         @property
@@ -210,19 +214,50 @@ class Copyable:
         """A cache that goes on from here by itself; `copy.deepcopy` does the same."""
         self._check_usable()
         self._commit_open(0)
+        twin = self._twin(self.policy)
+        twin._signals = self._signals.fork()
+        for name in ("record_past", "_in_prefill", "_whole_chunk", "_failed"):
+            setattr(twin, name, getattr(self, name))
+        return twin
+
+    def _twin(self, policy: Policy) -> Self:
         make: Any = type(self)
         twin: Self = make(
             self._model,
-            self.policy,
+            policy,
             codec=self.codec,
             prefill_chunk_size=self.prefill_chunk_size,
             model_id=self.model_id,
         )
         _copy_into(twin.layers, self.layers)
         twin._columns = self._columns.fork()
-        twin._signals = self._signals.fork()
-        for name in ("record_past", "_in_prefill", "_whole_chunk", "_failed"):
-            setattr(twin, name, getattr(self, name))
+        return twin
+
+    def decided(self, policy: Policy) -> Self:
+        """A copy that goes on under one of the policies in `defer`, once the prompt has been run.
+
+        It is what a cache of that policy holds after the same pass, bit for bit, so many methods
+        can be compared at the price of one prefill.
+
+        Raises:
+            ConfigError: no decision is left open (a later pass, a copy or a snapshot makes the
+                cache's own), or the policy is not in `defer`.
+        """
+        self._check_usable()
+        opened = self._open
+        if not self._deferred or opened is None:
+            raise ConfigError(
+                "no decision about a prompt is open: make the cache with defer=[...], run the "
+                "prompt in one pass, and take what is decided before anything else"
+            )
+        if Needs.union([self._needs, policy.needs]) != self._needs:
+            raise ConfigError(
+                f"{describe(policy)!r} needs signals that were not observed: give it in defer"
+            )
+        twin = self._twin(policy)
+        twin._signals = self._signals.fork(policy.needs)
+        twin._open = opened
+        twin._commit_open(0)
         return twin
 
     def __deepcopy__(self, memo: Any) -> Self:

@@ -63,7 +63,8 @@ class Decisions:
 
     def __init__(self, policy: Policy, ropes: Sequence[RopeSpec | None]) -> None:
         self.policy = policy
-        self._whole_model = policy.needs.whole_model
+        needs = policy.needs
+        self._whole_model, self._steps = needs.whole_model, needs.steps
         self._ropes = ropes
 
     @torch.no_grad()
@@ -86,6 +87,8 @@ class Decisions:
             signals: what was observed.
             held: gives a layer of a sequence.
         """
+        if forward.is_step and not self._steps and not any(map(_remembers, layers)):
+            return
         chosen: list[list[Plans]] = [[] for _ in layers]
         for row in range(columns.batch):
             views = [
@@ -99,7 +102,7 @@ class Decisions:
             plans: list[Plans] = [() for _ in views]
             if forward.ends_prefill:
                 plans = [plan for part in together for plan in self.policy.on_prefill_end(part)]
-            elif forward.is_step:
+            elif forward.is_step and self._steps:
                 plans = [plan for part in together for plan in self.policy.on_step(part)]
             for mine, plan in zip(chosen, plans, strict=True):
                 mine.append(plan)
@@ -154,3 +157,9 @@ class Decisions:
             if mine and layer.rows is None and rows[index].layer is before:
                 rows[index] = rows[index].fork()  # a plan that changes nothing copies nothing
         layer.fall_apart(rows)
+
+
+def _remembers(layer: EvictableLayer) -> bool:
+    """Whether there are numbers that have to follow the layer's rows."""
+    states = layer.states if layer.rows is None else [row.state for row in layer.rows]
+    return any(state.entries for state in states)

@@ -141,10 +141,15 @@ class Signals:
             del self._held[layer_idx, sequence]
         return Collected(sums, window)
 
-    def fork(self) -> "Signals":
-        """A copy; its tensors are shared, since none is ever written to."""
-        twin = Signals(self._needs)
+    def fork(self, needs: Needs | None = None) -> "Signals":
+        """A copy, perhaps for fewer needs; its tensors are shared: none is ever written to."""
+        twin = Signals(needs or self._needs)
         twin._held = {key: replace(seen) for key, seen in self._held.items()}
+        for seen in twin._held.values():
+            if not twin._needs.prefill_column_sums:
+                seen.sums = None
+            if not twin._needs.query_window:
+                seen.window = None
         return twin
 
     def take(self, order: Sequence[int]) -> None:

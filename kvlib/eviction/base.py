@@ -50,6 +50,17 @@ class Needs:
     whole_model: bool = False
     steps: bool = True
 
+    @classmethod
+    def union(cls, every: Sequence["Needs"]) -> "Needs":
+        """What all of them need together."""
+        return cls(
+            prefill_column_sums=any(needs.prefill_column_sums for needs in every),
+            step_column_sums=any(needs.step_column_sums for needs in every),
+            query_window=max(needs.query_window for needs in every),
+            whole_model=any(needs.whole_model for needs in every),
+            steps=any(needs.steps for needs in every),
+        )
+
     @property
     def any_signal(self) -> bool:
         """Whether anything has to be computed for the policy."""

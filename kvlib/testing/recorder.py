@@ -3,7 +3,7 @@
 """What `kvlib.testing.policies` runs policies over, and how it looks over their shoulder."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache as cached
 from typing import TYPE_CHECKING, ClassVar
 
@@ -100,8 +100,8 @@ class Recorder:
 
     @property
     def needs(self) -> Needs:
-        """The other's."""
-        return self._policy.needs
+        """The other's, and every step, to take notes of it."""
+        return replace(self._policy.needs, steps=True)
 
     def on_prefill_chunk(self, view: LayerView) -> None:
         """Pass it on."""
@@ -115,7 +115,8 @@ class Recorder:
 
     def on_step(self, views: Sequence[LayerView]) -> Sequence[Plans]:
         """Pass it on and take notes."""
-        plans = self._policy.on_step(views)
+        asked = self._policy.needs.steps
+        plans: Sequence[Plans] = self._policy.on_step(views) if asked else [()] * len(views)
         self._take_notes(views)
         return plans
 
