@@ -15,12 +15,13 @@ from torch import Tensor
 
 from kvlib.cache import KVCache
 from kvlib.codecs import build_codec
+from kvlib.evals.metrics import divergence
 from kvlib.store.snapshots import decode_snapshot, encode_snapshot
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["compare_policies", "divergence", "methods_of", "short_method"]
+__all__ = ["compare_policies", "methods_of", "short_method"]
 
 DECODE_TOKENS = 16
 
@@ -35,18 +36,6 @@ def short_method(method: str) -> str:
     name, _, rest = method.partition(":")
     budget = [part for part in rest.split(",") if part.startswith("budget=")]
     return f"{name} {budget[0].removeprefix('budget=')}" if budget else name
-
-
-def divergence(reference: Tensor, logits: Tensor) -> dict[str, Any]:
-    """KL divergence in nats, and agreement of the first choice, per token; both [T, V]."""
-    full = reference.to(torch.float64).log_softmax(-1)
-    ours = logits.to(torch.float64).log_softmax(-1)
-    kl = (full.exp() * (full - ours)).sum(-1)
-    return {
-        "kl_per_token": kl.tolist(),
-        "kl_mean": float(kl.mean()),
-        "top1_agreement": (full.argmax(-1) == ours.argmax(-1)).double().mean().item(),
-    }
 
 
 @torch.no_grad()

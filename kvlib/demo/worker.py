@@ -17,7 +17,7 @@ import xxhash
 from torch import Tensor
 
 from kvlib.demo.model import load_folder
-from kvlib.demo.policies import divergence
+from kvlib.evals.metrics import divergence
 from kvlib.prefix import PrefixCache
 from kvlib.store.store import KVStore
 
