@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvlib.errors import KVLibError
+from kvlib.evals.cli import app as eval_app
 
 __all__ = ["app", "main"]
 
@@ -20,6 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(eval_app, name="eval")
 console = Console()
 
 
@@ -71,8 +73,9 @@ def demo(
 
 @app.command("list")
 def list_plugins() -> None:
-    """Print every registered policy, codec and tier."""
+    """Print every registered policy, codec, tier and task."""
     from kvlib.codecs import CODECS, build_codec
+    from kvlib.evals.tasks import TASKS, build_task
     from kvlib.eviction import POLICIES, build_policy
     from kvlib.registry import describe
     from kvlib.store import TIERS
@@ -92,6 +95,9 @@ def list_plugins() -> None:
         table.add_row(
             "tier", name, "stable", "", "survives a restart" if tier.persistent else "in memory"
         )
+    for name in TASKS.names():
+        task = build_task(name)
+        table.add_row("task", name, task.status, "", describe(task))
     console.print(table)
 
 

@@ -2,35 +2,17 @@
 """The demo's reports: report.json (every number), report.html (self-contained), report.svg."""
 
 import html
-import io
 import json
 import statistics
 from pathlib import Path
 from typing import Any
 
+from kvlib.pages import LINES, STYLE, TEXT, figure, inline, svg
+
 __all__ = ["write_report"]
 
 _BAR = "#3b82c4"
 _BASE = "#b0893a"
-_LINES = ("#3b82c4", "#c2553f", "#4b9a5f", "#8a63b0")
-_TEXT = "#202124"
-
-_STYLE = """
-:root { color-scheme: light dark; --text: #202124; --soft: #5f6368; --line: #dadce0; --back: #fff; }
-@media (prefers-color-scheme: dark) {
-  :root { --text: #e8eaed; --soft: #9aa0a6; --line: #3c4043; --back: #1b1c1f; }
-}
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--back);
-  max-width: 60rem; margin: 2.5rem auto; padding: 0 1.25rem; }
-h1 { font-size: 1.6rem; line-height: 1.25; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-p.soft, td.soft, footer { color: var(--soft); }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .4rem .6rem; border-bottom: 1px solid var(--line); }
-th:first-child, td:first-child { text-align: left; }
-blockquote { margin: 0; padding: .6rem 1rem; border-left: 3px solid #3b82c4; }
-svg { max-width: 100%; height: auto; color: var(--text); }
-.wide { overflow-x: auto; } code { font-size: .92em; }
-"""
 
 
 def write_report(data: dict[str, Any], out: Path) -> None:
@@ -40,8 +22,8 @@ def write_report(data: dict[str, Any], out: Path) -> None:
     (out / "report.svg").write_text(overview, encoding="utf-8")
     evicted = _policy_plot(data["policies"])
     (out / "policies.svg").write_text(evicted, encoding="utf-8")
-    kl = _inline(_kl_plot(data)) if _lossy(data) else ""
-    page = _page(data, _inline(overview), kl, _inline(evicted))
+    kl = inline(_kl_plot(data)) if _lossy(data) else ""
+    page = _page(data, inline(overview), kl, inline(evicted))
     (out / "report.html").write_text(page, encoding="utf-8")
 
 
@@ -49,79 +31,49 @@ def _lossy(data: dict[str, Any]) -> list[dict[str, Any]]:
     return [row for row in data["codecs"] if row["fidelity"] != "exact"]
 
 
-def _figure(width: float, height: float, columns: int = 1) -> Any:
-    import matplotlib as mpl
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    mpl.rcParams.update({"svg.fonttype": "path", "svg.hashsalt": "kvlib", "font.size": 10})
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasSVG(figure)
-    axes = figure.subplots(1, columns, squeeze=False)[0]
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(which="both", colors=_TEXT)
-        for side in ("left", "bottom"):
-            axis.spines[side].set_color(_TEXT)
-        axis.set_facecolor("none")
-    return figure, axes
-
-
-def _svg(figure: Any, background: str) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", facecolor=background, metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
-
-
 def _overview(data: dict[str, Any]) -> str:
     """Bars: time to first token on a logarithmic axis, and bytes on disk."""
-    figure, (left, right) = _figure(9.2, 3.1, 2)
+    drawing, (left, right) = figure(9.2, 3.1, 2)
     rows = data["codecs"]
     names = ["recomputed", *(row["codec"] for row in rows)]
     times = [rows[0]["recomputed_median_s"], *(row["first_token_median_s"] for row in rows)]
     bars = left.barh(names, times, color=[_BASE] + [_BAR] * len(rows))
-    left.bar_label(bars, [f" {t:.2f} s" for t in times], color=_TEXT)
+    left.bar_label(bars, [f" {t:.2f} s" for t in times], color=TEXT)
     left.set_xscale("log")
     left.xaxis.set_major_formatter("{x:g}")
     left.set_xlim(min(times) / 2, max(times) * 4)
-    left.set_title(f"First token after {data['prefill']['tokens']:,} tokens", color=_TEXT)
-    left.set_xlabel("seconds, logarithmic", color=_TEXT)
+    left.set_title(f"First token after {data['prefill']['tokens']:,} tokens", color=TEXT)
+    left.set_xlabel("seconds, logarithmic", color=TEXT)
     names = [f"KV cache ({data['model']['dtype']})", *(row["codec"] for row in rows)]
     sizes = [rows[0]["raw_bytes"] / 2**20, *(row["stored_bytes"] / 2**20 for row in rows)]
     bars = right.barh(names, sizes, color=[_BASE] + [_BAR] * len(rows))
-    right.bar_label(bars, [f" {s:.0f} MiB" for s in sizes], color=_TEXT)
+    right.bar_label(bars, [f" {s:.0f} MiB" for s in sizes], color=TEXT)
     right.set_xlim(0, max(sizes) * 1.25)
-    right.set_title("Bytes on disk", color=_TEXT)
-    right.set_xlabel("MiB", color=_TEXT)
+    right.set_title("Bytes on disk", color=TEXT)
+    right.set_xlabel("MiB", color=TEXT)
     for axis in (left, right):
         axis.invert_yaxis()
-    return _svg(figure, "white")
+    return svg(drawing, "white")
 
 
 def _kl_plot(data: dict[str, Any]) -> str:
     """KL divergence of each continuation token from the full cache, lossy codecs only."""
-    figure, (axis,) = _figure(9.2, 2.8)
-    for row, color in zip(_lossy(data), _LINES * len(data["codecs"]), strict=False):
+    drawing, (axis,) = figure(9.2, 2.8)
+    for row, color in zip(_lossy(data), LINES * len(data["codecs"]), strict=False):
         axis.plot(row["kl_per_token"], color=color, linewidth=1.3, label=row["codec"])
         axis.axhline(row["kl_mean"], color=color, linewidth=0.8, linestyle="--")
     axis.set_yscale("log")
-    axis.set_xlabel("token of the continuation", color=_TEXT)
-    axis.set_ylabel("KL, nats", color=_TEXT)
-    axis.legend(frameon=False, labelcolor=_TEXT)
-    return _svg(figure, "none")
-
-
-def _inline(svg: str) -> str:
-    """Let the page's text colour reach the drawing, and its background show through."""
-    return svg.replace(_TEXT, "currentColor").replace("fill: #ffffff", "fill: none")
+    axis.set_xlabel("token of the continuation", color=TEXT)
+    axis.set_ylabel("KL, nats", color=TEXT)
+    axis.legend(frameon=False, labelcolor=TEXT)
+    return svg(drawing, "none")
 
 
 def _policy_plot(data: dict[str, Any]) -> str:
     """Bytes held against divergence: filled alone, hollow piped into a codec."""
-    figure, (axis,) = _figure(9.2, 3.4)
+    drawing, (axis,) = figure(9.2, 3.4)
     families = dict.fromkeys(row["method"].partition(":")[0] for row in data["rows"])
-    for family, color in zip(families, _LINES * len(families), strict=False):
+    for family, color in zip(families, LINES * len(families), strict=False):
         rows = [row for row in data["rows"] if row["method"].partition(":")[0] == family]
         for piped, marker in ((False, color), (True, "none")):
             x = [row["piped"]["bytes"] if piped else row["held_bytes"] for row in rows]
@@ -140,10 +92,10 @@ def _policy_plot(data: dict[str, Any]) -> str:
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter("{x:g}")
     axis.set_ylim(bottom=0)
-    axis.set_xlabel(f"MiB held of {data['context_tokens']:,} tokens", color=_TEXT)
-    axis.set_ylabel("mean KL, nats", color=_TEXT)
-    axis.legend(frameon=False, labelcolor=_TEXT, bbox_to_anchor=(1.01, 1), loc="upper left")
-    return _svg(figure, "white")
+    axis.set_xlabel(f"MiB held of {data['context_tokens']:,} tokens", color=TEXT)
+    axis.set_ylabel("mean KL, nats", color=TEXT)
+    axis.legend(frameon=False, labelcolor=TEXT, bbox_to_anchor=(1.01, 1), loc="upper left")
+    return svg(drawing, "white")
 
 
 def _policy_part(data: dict[str, Any], plot: str) -> str:
@@ -201,7 +153,7 @@ def _page(data: dict[str, Any], overview: str, kl: str, evicted: str) -> str:
     )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>kvlib demo</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>
 <body><h1>{html.escape(headline)}</h1>
 <p class=soft>{html.escape(data["model"]["name"])}, {data["arguments"]["threads"]} threads on
 {html.escape(environment["cpu"])}. Smallest here: {html.escape(best["codec"])}, {best["ratio"]:.1f}x

@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`kvlib eval`: run a grid, report it, compare runs, export prompts."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from kvlib.errors import ConfigError, KVLibError
+
+if TYPE_CHECKING:
+    from kvlib.evals.profiles import Profile
+
+__all__ = ["app"]
+
+app = typer.Typer(help="Measure what methods keep, cost and change; `eval` alone runs a grid.")
+console = Console()
+
+ProfileOption = Annotated[str, typer.Option(help="smoke (seconds) or quick (minutes).")]
+ModelOption = Annotated[
+    str | None, typer.Option(help="smollm2, recall, or a model folder; else the profile's.")
+]
+TasksOption = Annotated[
+    str | None, typer.Option(help="Tasks separated by ';', instead of the profile's.")
+]
+LengthsOption = Annotated[
+    str | None, typer.Option(help="Tokens of a context, separated by ','; 1024 if tasks are given.")
+]
+ContextsOption = Annotated[
+    int | None, typer.Option(min=1, help="Contexts in each cell, instead of the profile's.")
+]
+ModesOption = Annotated[str | None, typer.Option(help="unaware, aware, or both by ','.")]
+SeedOption = Annotated[int, typer.Option(help="Of the samples.")]
+DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
+
+
+def _grid(
+    profile: str,
+    *,
+    tasks: str | None,
+    lengths: str | None,
+    methods: str | None,
+    contexts: int | None,
+    modes: str | None,
+) -> "Profile":
+    """The profile with what was said otherwise."""
+    from kvlib.evals.profiles import canonical_methods, get_profile, make_cells, with_contexts
+
+    chosen = get_profile(profile)
+    if tasks is not None or lengths is not None or modes is not None:
+        try:
+            sizes = [int(part) for part in (lengths or "1024").split(",")]
+        except ValueError as exc:
+            raise ConfigError(f"lengths are numbers separated by ',', got {lengths!r}") from exc
+        names = dict.fromkeys(cell.task for cell in chosen.cells)
+        cells = make_cells(
+            tasks or ";".join(names),
+            sizes,
+            methods or ";".join(chosen.cells[0].methods),
+            contexts or 10,
+            modes=[part.strip() for part in (modes or "unaware").split(",")],
+            probes=1,
+        )
+        return replace(chosen, cells=cells)
+    if methods is not None:
+        every = canonical_methods(methods)
+        cells = tuple(replace(cell, methods=every) for cell in chosen.cells)
+        chosen = replace(chosen, cells=cells)
+    return chosen if contexts is None else with_contexts(chosen, contexts)
+
+
+class _Progress:
+    """A bar on a terminal, else a line now and then."""
+
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+        if sys.stderr.isatty():
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
+        self._start, self._new, self._done, self._total = 0.0, 0, 0, 0
+
+    def plan(self, done: int, total: int) -> None:
+        """What is there, and how many there will be."""
+        self._start, self._done, self._total = time.monotonic(), done, total
+        if self._bar is not None:
+            self._bar.start()
+            self._bar.add_task("starting", total=total, completed=done)
+        else:
+            self._print(f"{done} of {total} results are there")
+
+    def record(self, record: dict[str, Any]) -> None:
+        """A new result."""
+        self._done, self._new = self._done + 1, self._new + 1
+        sample = record["sample"]
+        what = f"{sample['task'].partition(':')[0]} {sample['length']}, context {sample['index']}"
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], advance=1, description=what)
+        elif self._done == self._total or self._new % max(1, self._total // 20) == 0:
+            left = (time.monotonic() - self._start) / self._new * (self._total - self._done)
+            self._print(f"{self._done} of {self._total}: {what}; about {left:.0f} s left")
+
+    @staticmethod
+    def _print(text: str) -> None:
+        Console(stderr=True).print(text, highlight=False)
+
+    def stop(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+@app.callback(invoke_without_command=True)
+def evaluate(
+    context: typer.Context,
+    profile: ProfileOption = "quick",
+    model: ModelOption = None,
+    tasks: TasksOption = None,
+    lengths: LengthsOption = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Methods separated by ';', instead of the profile's.")
+    ] = None,
+    contexts: ContextsOption = None,
+    modes: ModesOption = None,
+    seed: SeedOption = 0,
+    dtype: DtypeOption = None,
+    device: Annotated[str, typer.Option(help="Of torch.")] = "cpu",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes of one thread each.")
+    ] = None,
+    stepwise: Annotated[
+        bool, typer.Option(help="Feed answers token by token: exact for policies that act then.")
+    ] = False,
+    out: Annotated[
+        Path, typer.Option(help="Folder of the run; what it holds is not run again.")
+    ] = Path("eval-report"),
+) -> None:
+    """Run what is missing of a grid of tasks, lengths and methods, and write its report."""
+    if context.invoked_subcommand is not None:
+        return
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads
+    from kvlib.evals.runner import RunOptions, run
+
+    chosen = _grid(
+        profile, tasks=tasks, lengths=lengths, methods=methods, contexts=contexts, modes=modes
+    )
+    options = RunOptions(
+        model=model or chosen.model,
+        dtype=dtype or chosen.dtype,
+        device=device,
+        seed=seed,
+        workers=workers or chosen.workers,
+        stepwise=stepwise,
+    )
+    progress = _Progress()
+    interrupted = False
+    try:
+        run(chosen.cells, options, out, on_plan=progress.plan, on_record=progress.record)
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        progress.stop()
+    _report(out)
+    if interrupted:
+        console.print("Interrupted. The same command goes on where this one stopped.")
+        raise typer.Exit(130)
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="Of a run.")]) -> None:
+    """Write results.json and report.html again from a run's samples."""
+    _report(folder)
+
+
+def _report(folder: Path) -> None:
+    from kvlib.evals.report import cell_name, percent, short_method, with_interval, write_report
+    from kvlib.evals.samples import read_samples
+
+    header, records = read_samples(folder)
+    rows = write_report(header, records, folder)
+    tables: dict[str, Table] = {}
+    for row in rows:
+        title = f"{cell_name(row)}: {row.questions} questions, {row.contexts} contexts"
+        if title not in tables:
+            tables[title] = table = Table(title=title, title_justify="left", title_style="bold")
+            for name in ("method", "held", "score", "minus full", "KL"):
+                table.add_column(name, justify="left" if name == "method" else "right")
+        tables[title].add_row(
+            short_method(row.method),
+            percent(row.held_share),
+            with_interval(row.score, row.metric),
+            with_interval(row.delta, row.metric, sign=True),
+            f"{row.scores['kl']:.3f}" if "kl" in row.scores else "",
+        )
+    for table in tables.values():
+        console.print(table)
+    console.print(f"{folder / 'report.html'} has the plots, {folder / 'results.json'} all numbers.")
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="Run folder or samples file.")],
+    second: Annotated[Path, typer.Argument(help="The same, or another one.")],
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="Two methods separated by ';': that of the first and that of the second run."
+        ),
+    ] = None,
+    metric: Annotated[str | None, typer.Option(help="A score; else each task's own.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+) -> None:
+    """Compare two runs, or two methods, on the questions that both answered."""
+    from kvlib.evals.metrics import SCORES
+    from kvlib.evals.profiles import canonical_methods
+    from kvlib.evals.report import cell_name, short_method, with_interval
+    from kvlib.evals.summary import compare as compare_samples
+
+    if metric is not None and metric not in SCORES:
+        raise ConfigError(f"metric is one of {', '.join(SCORES)}, got {metric!r}")
+    ours, theirs = _records(first), _records(second)
+    if methods is None:
+        found = compare_samples(ours, theirs, metric=metric)
+    else:
+        pair = canonical_methods(methods)
+        if len(pair) != 2:
+            raise ConfigError(f"--methods takes two different methods, got {methods!r}")
+        mine = [record for record in ours if record["method"] == pair[0]]
+        found = compare_samples(mine, theirs, pairs=lambda _: pair[1], metric=metric)
+    if not found:
+        raise ConfigError(
+            f"{first} and {second} have no question and method in common: the same tasks, lengths, "
+            "modes, seed and methods (or --methods) are needed"
+        )
+    if as_json:
+        print(json.dumps([asdict(one) for one in found]))  # noqa: T201
+        return
+    table = Table("task", "method", "n", "first", "second", "second - first", "p", "second is")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for one in found:
+        names = [short_method(one.first), short_method(one.second)]
+        low = one.metric in ("kl", "nll")
+        scores = [f"{x:.3f}" if low else f"{x:.1%}" for x in (one.first_score, one.second_score)]
+        table.add_row(
+            cell_name(one),
+            names[0] if names[0] == names[1] else " -> ".join(names),
+            f"{one.questions}",
+            *scores,
+            with_interval(one.delta, one.metric, sign=True),
+            "" if one.p is None else f"{one.p:.2g}",
+            one.verdict,
+        )
+    console.print(table)
+    console.print(
+        "Differences are per question, intervals over contexts (95 %, bootstrap); p is McNemar's, "
+        "corrected for the number of comparisons (Holm)."
+    )
+
+
+def _records(path: Path) -> Sequence[dict[str, Any]]:
+    """Records with their methods in full, however they were written."""
+    from kvlib.evals.samples import read_samples
+    from kvlib.evals.scoring import EvalMethod
+
+    _, records = read_samples(path)
+    for record in records:
+        try:
+            record["method"] = EvalMethod.parse(record["method"]).text
+        except KVLibError:
+            continue  # another tool's
+    return records
+
+
+@app.command()
+def export(
+    out: Annotated[Path, typer.Argument(help="File to write: JSON lines.")],
+    profile: ProfileOption = "quick",
+    model: ModelOption = None,
+    tasks: TasksOption = None,
+    lengths: LengthsOption = None,
+    contexts: ContextsOption = None,
+    modes: ModesOption = None,
+    seed: SeedOption = 0,
+    dtype: DtypeOption = None,
+) -> None:
+    """Write a grid's prompts as token ids, for another tool to answer."""
+    from kvlib.evals.export import export_prompts
+
+    chosen = _grid(
+        profile, tasks=tasks, lengths=lengths, methods=None, contexts=contexts, modes=modes
+    )
+    num = export_prompts(chosen.cells, model or chosen.model, dtype or chosen.dtype, seed, out)
+    console.print(f"{num} contexts in {out}")
