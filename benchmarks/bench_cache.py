@@ -15,7 +15,8 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import kvlib
-from kvlib.demo.model import demo_text, load_smollm2
+from kvlib.demo.prompt import demo_text
+from kvlib.smollm2 import load_smollm2
 
 POLICIES = ("streaming", "snapkv", "h2o")
 

@@ -11,8 +11,9 @@ from common import finish, interleave, parser, summary
 
 from kvlib.blocks import KVBlock
 from kvlib.codecs import build_codec, decode_block, describe_codec, encode_block
-from kvlib.demo.model import demo_prompt, load_smollm2
+from kvlib.demo.prompt import demo_prompt
 from kvlib.model_spec import spec_for_model
+from kvlib.smollm2 import load_smollm2
 
 METHODS = ("exact", "int8", "int4", "int4:group=64")
 

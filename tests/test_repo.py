@@ -245,7 +245,7 @@ FLOORS = (
         "prefix",
         "tiered",
     },
-    {"cli", "connectors", "demo", "evals", "kvlib", "pages", "testing"},
+    {"cli", "connectors", "demo", "evals", "kvlib", "pages", "smollm2", "testing"},
 )
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 DECISIONS = {

@@ -24,14 +24,15 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from kvlib.codecs import build_codec
-from kvlib.demo.model import demo_prompt, load_folder, smollm2_folder
 from kvlib.demo.policies import compare_policies, methods_of, short_method
+from kvlib.demo.prompt import demo_prompt
 from kvlib.demo.report import write_report
 from kvlib.demo.worker import kv_digests
 from kvlib.errors import KVLibError
 from kvlib.eviction import build_policy
 from kvlib.keys import BLOCK_TOKENS
 from kvlib.prefix import PrefixCache
+from kvlib.smollm2 import load_folder, smollm2_folder
 from kvlib.store.store import KVStore
 
 __all__ = ["DemoResult", "run_demo"]

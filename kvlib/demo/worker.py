@@ -16,9 +16,9 @@ import torch
 import xxhash
 from torch import Tensor
 
-from kvlib.demo.model import load_folder
 from kvlib.evals.metrics import divergence
 from kvlib.prefix import PrefixCache
+from kvlib.smollm2 import load_folder
 from kvlib.store.store import KVStore
 
 __all__ = ["answer", "kv_digests", "main"]

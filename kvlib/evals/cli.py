@@ -248,26 +248,29 @@ def compare(
     if as_json:
         print(json.dumps([asdict(one) for one in found]))  # noqa: T201
         return
-    table = Table("task", "method", "n", "first", "second", "second - first", "p", "second is")
-    for column in table.columns[2:]:
-        column.justify = "right"
+    tables: dict[str, Table] = {}
     for one in found:
+        title = f"{cell_name(one)}: {one.questions} questions, {one.contexts} contexts"
+        if title not in tables:
+            tables[title] = table = Table(title=title, title_justify="left", title_style="bold")
+            for name in ("method", "first", "second", "second - first", "p", "second is"):
+                table.add_column(name, justify="left" if name == "method" else "right")
         names = [short_method(one.first), short_method(one.second)]
         low = one.metric in ("kl", "nll")
         scores = [f"{x:.3f}" if low else f"{x:.1%}" for x in (one.first_score, one.second_score)]
-        table.add_row(
-            cell_name(one),
+        tables[title].add_row(
             names[0] if names[0] == names[1] else " -> ".join(names),
-            f"{one.questions}",
             *scores,
             with_interval(one.delta, one.metric, sign=True),
             "" if one.p is None else f"{one.p:.2g}",
-            one.verdict,
+            one.verdict if one.verdict in ("better", "worse") else "",
         )
-    console.print(table)
+    for table in tables.values():
+        console.print(table)
     console.print(
         "Differences are per question, intervals over contexts (95 %, bootstrap); p is McNemar's, "
-        "corrected for the number of comparisons (Holm)."
+        "corrected for the number of comparisons (Holm). Better and worse are said where the "
+        "interval leaves out 0."
     )
 
 

@@ -55,7 +55,7 @@ class EvalModel:
 def prepare_eval_model(name: str) -> None:
     """Do once what would else be done in every process: convert the model that comes packed."""
     if name == "smollm2":
-        from kvlib.demo.model import smollm2_folder
+        from kvlib.smollm2 import smollm2_folder
 
         smollm2_folder()
 
@@ -79,7 +79,7 @@ def load_eval_model(name: str, dtype: str = "float32", device: str = "cpu") -> E
     if name.partition(":")[0] == "recall":
         loaded = _recall(name, numbers)
     else:
-        from kvlib.demo.model import load_folder, smollm2_folder
+        from kvlib.smollm2 import load_folder, smollm2_folder
 
         place = smollm2_folder() if name == "smollm2" else Path(name).expanduser()
         try:

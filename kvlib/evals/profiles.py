@@ -101,7 +101,7 @@ def _smoke() -> Profile:
     return Profile(
         "recall",
         (
-            *make_cells("recall", (1001,), methods, 4, probes=1),
+            *make_cells("recall", (1001,), methods, 3, probes=1),
             *make_cells("recall:questions=25", (4001,), methods, 1),
             *make_cells("recall:questions=10", (1001,), few, 2, modes=("aware",)),
         ),

@@ -237,7 +237,8 @@ def _page(header: dict[str, Any], rows: Sequence[Row], drawing: str) -> str:
     name = html.escape(Path(model["name"]).name)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>kvlib eval: {name}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE} td {{ white-space: nowrap; }}</style></head>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>{STYLE} td {{ white-space: nowrap; }}</style></head>
 <body><h1>What is kept, and what it costs: {name} in {html.escape(model["dtype"])}</h1>
 <div class=wide>{drawing}</div>
 <p class=soft>Bars are {LEVEL:.0%} intervals. A hollow mark is dominated: another method holds no

@@ -91,13 +91,17 @@ def read_samples(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return header, list(records.values())
 
 
-def _checked(header: dict[str, Any], place: Path) -> dict[str, Any]:
+def _checked(header: Any, place: Path) -> dict[str, Any]:
+    if not isinstance(header, dict):
+        raise TypeError("the header is no object")
     kind, schema = header.get("kind"), header.get("schema")
     if kind != "kvlib-samples" or schema != SCHEMA:
         raise ConfigError(
             f"{place} begins with kind {kind!r}, schema {schema!r}; expected 'kvlib-samples', "
             f"{SCHEMA}"
         )
+    if not isinstance(header.get("model"), dict):
+        raise TypeError("the header names no model")
     return header
 
 

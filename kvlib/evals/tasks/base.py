@@ -124,18 +124,30 @@ class Source:
         return short if len(short) >= 80 else list(WORDS)
 
     @cached_property
-    def topics(self) -> list[int]:
-        """Real text: Python's help topics in alphabetical order."""
+    def _text(self) -> tuple[list[int], list[int]]:
+        """Ids of the help topics, and where in them a paragraph begins."""
         from pydoc_data.topics import topics
 
-        return self.encode("\n\n".join(topics[name] for name in sorted(topics)))
+        assert self.tokenizer is not None  # noqa: S101
+        parts = "\n\n".join(topics[name] for name in sorted(topics)).split("\n\n")
+        # By paragraph: where a blank line is no token of its own, its place would be lost.
+        every = self.tokenizer([f"{part}\n\n" for part in parts], add_special_tokens=False)
+        ids: list[int] = []
+        starts = []
+        for part in every["input_ids"]:
+            starts.append(len(ids))
+            ids += part
+        return ids, starts
 
-    @cached_property
+    @property
+    def topics(self) -> list[int]:
+        """Real text: Python's help topics in alphabetical order."""
+        return self._text[0]
+
+    @property
     def paragraphs(self) -> list[int]:
         """Where paragraphs of the topics begin."""
-        assert self.tokenizer is not None  # noqa: S101
-        breaks = {t for t in set(self.topics) if "\n\n" in self.tokenizer.decode([t])}
-        return [i + 1 for i, token in enumerate(self.topics) if token in breaks]
+        return self._text[1]
 
     def passage(self, num: int, rng: random.Random) -> list[int]:
         """`num` tokens of real text, from the beginning of a paragraph on.
