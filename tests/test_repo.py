@@ -373,7 +373,7 @@ def unknown_targets(text: str, makefile: str) -> list[str]:
     """Targets that the bash blocks of `text` hand to make and that `makefile` lacks."""
     targets = set(re.findall(r"^([a-z][\w-]*):(?!=)", makefile, re.MULTILINE))
     asked = []
-    for line in "\n".join(blocks(text, "bash")).splitlines():
+    for line in "\n".join(blocks(text, "bash")).replace("\\\n", " ").splitlines():
         words = shlex.split(line.removeprefix("$ "), comments=True)
         while words and re.fullmatch(r"\w+=.*", words[0]):
             words.pop(0)

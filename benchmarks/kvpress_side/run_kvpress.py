@@ -408,7 +408,7 @@ def run(args: argparse.Namespace) -> None:
     header = {
         "schema": SCHEMA,
         "kind": "kvlib-samples",
-        "model": described,
+        "model": {name: x for name, x in described.items() if name != "folder"},
         "tool": f"kvpress {version('kvpress')}",
         "transformers": version("transformers"),
         "torch": torch.__version__,

@@ -27,7 +27,9 @@ def export_prompts(cells: Sequence[Cell], model: str, dtype: str, seed: int, out
     source = loaded.source
     num = 0
     with out.open("w", encoding="utf-8") as file:
-        header = {"schema": SCHEMA, "kind": "kvlib-prompts", "model": loaded.describe()}
+        folder = str(getattr(loaded.model.config, "_name_or_path", "") or "")
+        described = {**loaded.describe(), "folder": folder}
+        header = {"schema": SCHEMA, "kind": "kvlib-prompts", "model": described}
         file.write(json.dumps(header) + "\n")
         for cell in cells:
             task = build_task(cell.task)

@@ -44,7 +44,6 @@ class EvalModel:
         spec = spec_for_model(self.model, model_id=self.model_id)
         return {
             "name": self.name,
-            "folder": str(getattr(self.model.config, "_name_or_path", "") or ""),
             "dtype": spec.dtype,
             "device": self.model.device.type,
             "fingerprint": spec.fingerprint().hex(),

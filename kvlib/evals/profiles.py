@@ -113,10 +113,9 @@ def _quick() -> Profile:
     return Profile(
         "smollm2",
         (
-            *make_cells("table", (1024,), methods, 10, probes=1),
-            *make_cells("records", (1024,), methods, 10),
-            *make_cells("needle;labels;copy", (1024,), methods, 3),
-            *make_cells("text", (1024,), methods, 4),
+            *make_cells("table", (1024,), methods, 8, probes=1),
+            *make_cells("records", (1024,), methods, 8),
+            *make_cells("needle;labels;copy:questions=3;text", (1024,), methods, 3),
         ),
         workers=2,
     )

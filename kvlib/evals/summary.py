@@ -3,7 +3,7 @@
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kvlib.errors import ConfigError
@@ -219,7 +219,7 @@ def compare(
         first: records of a run.
         second: records of a run, perhaps the same.
         pairs: the method in `second` that a method of `first` is compared with.
-        metric: a score, or the task's own.
+        metric: a score, or the task's own (nll where one side, another tool, has not measured it).
 
     Raises:
         ConfigError: the two answered different questions of a context, or lack the metric.
@@ -231,13 +231,20 @@ def compare(
             partner = pairs(method)
             others = theirs.get(cell, {}).get(partner)
             if others:
-                judged = metric or metric_of(cell[0])
+                judged = metric or _common_metric(cell[0], records, others)
                 one = _compare(cell, (method, partner), records, others, judged)
                 if one is not None:
                     found.append(one)
     tested = [i for i, one in enumerate(found) if one.p is not None]
     corrected = dict(zip(tested, holm([found[i].p or 0.0 for i in tested]), strict=True))
     return [_with_p(one, corrected.get(i)) for i, one in enumerate(found)]
+
+
+def _common_metric(task: str, first: list[_Record], second: list[_Record]) -> str:
+    """What a task is judged by, or nll where one side has not measured that."""
+    wanted = metric_of(task)
+    measured = all(wanted in record["questions"][0] for record in (*first, *second))
+    return wanted if measured else "nll"
 
 
 def _compare(
@@ -285,6 +292,4 @@ def _compare(
 
 
 def _with_p(one: Comparison, p: float | None) -> Comparison:
-    from dataclasses import replace
-
     return replace(one, p=p)

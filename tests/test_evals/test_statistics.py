@@ -155,6 +155,17 @@ def test_comparisons_of_methods_and_of_what_is_better_low():
         assert one.p == pytest.approx(2 * 2 / 2**5)
 
 
+def test_a_score_that_one_side_lacks_is_replaced():
+    """Another tool may know no KL: text is then compared by nll."""
+    first = [record("a", i, [0], task="text:tokens=9") for i in range(3)]
+    second = [record("a", i, [0], task="text:tokens=9") for i in range(3)]
+    for one in second:
+        del one["questions"][0]["kl"]
+    assert compare(first, first)[0].metric == "kl"
+    assert compare(first, second)[0].metric == "nll"
+    assert compare(second, first)[0].metric == "nll"
+
+
 def test_different_questions_are_refused():
     """Another number of questions for one context; a score that was not taken."""
     first = [record("a", 0, [1, 0]), record("a", 1, [1, 0])]
