@@ -78,7 +78,7 @@ def test_make_targets_exist(target):
 
 
 def test_measuring_works_as_written(tmp_path, model_folder):
-    """The lines of `kvlib eval`: a small grid on a tiny model, and the comparison of two methods."""
+    """The lines of `kvlib eval`: a grid on a tiny model, and the comparison of two methods."""
     shells = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
     (block,) = [shell for shell in shells if "kvlib eval" in shell]
     lines = block.replace("\\\n", " ").splitlines()

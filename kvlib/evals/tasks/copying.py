@@ -14,6 +14,8 @@ from kvlib.evals.tasks.base import Question, Sample, Source, check_at_least
 
 __all__ = ["Copying"]
 
+_END = "\n\nThe same text again, from somewhere in the middle:\n\n"
+
 
 @dataclass(frozen=True, slots=True)
 class Copying:
@@ -25,7 +27,7 @@ class Copying:
         questions: of a context.
     """
 
-    cue: int = 16
+    cue: int = 32
     tokens: int = 16
     questions: int = 5
     name: ClassVar[str] = "copy"
@@ -41,8 +43,8 @@ class Copying:
 
     def make(self, source: Source, length: int, rng: random.Random) -> Sample:
         """Real text, and places in it that do not overlap."""
-        begin, blank = source.start, source.encode("\n\n")
-        room = length - len(begin) - len(blank)
+        begin, end = source.start, source.encode(_END)
+        room = length - len(begin) - len(end)
         part = room // self.questions  # each question has a part of the text to itself
         if part < self.cue + self.tokens:
             raise ConfigError(
@@ -64,4 +66,4 @@ class Copying:
                     evidence=tuple(range(first, first + self.tokens)),
                 )
             )
-        return Sample((*begin, *text, *blank), tuple(asked))
+        return Sample((*begin, *text, *end), tuple(asked))
