@@ -278,7 +278,7 @@ class KVCache(Copyable, Cache):
                 new.positions[row].to(keys.device)[where],
             )
         # Sums come with the attention of a single query, unless they may have to be taken back.
-        at_once = self._needs.step_column_sums and not self.record_past
+        at_once = self._signals.come_with_attention(new.num) and not self.record_past
         output, sums = attend_batch(
             call.query,
             [held.layer for held in layer.rows],

@@ -125,7 +125,9 @@ class Decisions:
         new = forward.new.tokens(row) - removed
         extend_entries(state, [n - new for n in kv.lengths], kv)
         in_prompt = not forward.is_step and not forward.ends_prefill
-        seen = signals.collect(layer.layer_idx, row, kv, removed, in_prompt=in_prompt)
+        seen = signals.collect(
+            layer.layer_idx, row, kv, removed, is_step=forward.is_step, in_prompt=in_prompt
+        )
         return LayerView(
             layer=kv,
             state=state,

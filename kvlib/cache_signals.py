@@ -32,13 +32,15 @@ class _Observed:
         logits: how the layer makes logits.
         sums: column sums of the queries that cannot be taken back.
         tail: [Hq, m, D], queries that can.
-        window: [Hq, w + m, D], last queries of the prompt.
+        window: [Hq, w + m, D], last queries of the prompt, or of a later pass.
+        window_sums: the same as sums, where they came with the attention itself.
     """
 
     logits: Logits
     sums: Tensor | None = None
     tail: Tensor | None = None
     window: Tensor | None = None
+    window_sums: Tensor | None = None
 
 
 class Collected(NamedTuple):
@@ -58,19 +60,34 @@ class Signals:
     @property
     def nbytes(self) -> int:
         """Bytes held between a pass and its decision, and of the prompt's last queries."""
-        tensors = [x for seen in self._held.values() for x in (seen.sums, seen.tail, seen.window)]
+        tensors = [
+            x
+            for seen in self._held.values()
+            for x in (seen.sums, seen.tail, seen.window, seen.window_sums)
+        ]
         return sum(x.numel() * x.element_size() for x in tensors if x is not None)
 
     def wants(self, *, is_step: bool) -> bool:
         """Whether queries have to be observed."""
         needs = self._needs
         if is_step:
-            return needs.step_column_sums
+            return needs.step_column_sums or needs.step_query_window > 0
         return needs.prefill_column_sums or needs.query_window > 0
+
+    def come_with_attention(self, num: int) -> bool:
+        """Whether the column sums of a step of `num` tokens are all that is wanted."""
+        needs = self._needs
+        one = num == 1 and needs.step_query_window > 0  # its sums are those of the last queries
+        return one or (needs.step_column_sums and not needs.step_query_window)
 
     def put(self, layer_idx: int, sequence: int, sums: Tensor | None) -> None:
         """Take column sums that came with the attention itself."""
-        self._held[layer_idx, sequence] = _Observed(Logits(), sums)
+        needs = self._needs
+        self._held[layer_idx, sequence] = _Observed(
+            Logits(),
+            sums=sums if needs.step_column_sums else None,
+            window_sums=sums if needs.step_query_window else None,
+        )
 
     def observe(
         self,
@@ -96,7 +113,7 @@ class Signals:
         """
         needs = self._needs
         sums_wanted = needs.step_column_sums if is_step else needs.prefill_column_sums
-        window = 0 if is_step else needs.query_window
+        window = needs.step_query_window if is_step else needs.query_window
         if not (sums_wanted or window) or query.shape[1] == 0:
             return
         seen = self._held.setdefault((layer_idx, sequence), _Observed(logits))
@@ -113,7 +130,14 @@ class Signals:
             seen.window = last[:, -(window + loose) :].clone()
 
     def collect(
-        self, layer_idx: int, sequence: int, held: LayerKV, removed: int, *, in_prompt: bool
+        self,
+        layer_idx: int,
+        sequence: int,
+        held: LayerKV,
+        removed: int,
+        *,
+        is_step: bool,
+        in_prompt: bool,
     ) -> Collected:
         """The signals of the pass, without its last `removed` tokens.
 
@@ -122,6 +146,7 @@ class Signals:
             sequence: index in the batch.
             held: the layer without those tokens.
             removed: tokens taken back.
+            is_step: the pass was not one of the prompt.
             in_prompt: more of the prompt follows.
         """
         seen = self._held.get((layer_idx, sequence))
@@ -131,10 +156,12 @@ class Signals:
         if seen.tail is not None and seen.tail.shape[1] > removed:
             late = column_sums(seen.tail[:, : seen.tail.shape[1] - removed], held, seen.logits)
             sums = late if sums is None else sums + late
-        seen.sums = seen.tail = window = None
+        window = seen.window_sums
+        seen.sums = seen.tail = None
         if seen.window is not None:
+            needs = self._needs
             left = seen.window[:, : seen.window.shape[1] - removed]
-            seen.window = left[:, -self._needs.query_window :]
+            seen.window = left[:, -(needs.step_query_window if is_step else needs.query_window) :]
             if not in_prompt and seen.window.shape[1]:
                 window = column_sums(seen.window, held, seen.logits)
         if not in_prompt:

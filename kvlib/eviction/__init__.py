@@ -16,9 +16,11 @@ POLICIES: Registry[Policy] = Registry(
     {
         "full": "kvlib.eviction.full:Full",
         "h2o": "kvlib.eviction.h2o:H2O",
+        "keydiff": "kvlib.eviction.keydiff:KeyDiff",
         "random": "kvlib.eviction.random:Random",
         "snapkv": "kvlib.eviction.snapkv:SnapKV",
         "streaming": "kvlib.eviction.streaming:Streaming",
+        "tova": "kvlib.eviction.tova:TOVA",
     },
 )
 

@@ -38,6 +38,8 @@ class Needs:
         prefill_column_sums: attention that every entry receives from every query of the prompt.
         step_column_sums: the same from the queries of every later step.
         query_window: attention received from this many last queries of the prompt.
+        step_query_window: the same from the last queries of every later forward, which may have
+            one token or many.
         whole_model: whether plans depend on all layers together. If not, a layer is evicted as soon
             as its own attention is done, before the next layer fills up.
         steps: whether `on_step` is to be called at all; a policy that decides at the end of the
@@ -47,6 +49,7 @@ class Needs:
     prefill_column_sums: bool = False
     step_column_sums: bool = False
     query_window: int = 0
+    step_query_window: int = 0
     whole_model: bool = False
     steps: bool = True
 
@@ -57,6 +60,7 @@ class Needs:
             prefill_column_sums=any(needs.prefill_column_sums for needs in every),
             step_column_sums=any(needs.step_column_sums for needs in every),
             query_window=max(needs.query_window for needs in every),
+            step_query_window=max(needs.step_query_window for needs in every),
             whole_model=any(needs.whole_model for needs in every),
             steps=any(needs.steps for needs in every),
         )
@@ -64,7 +68,8 @@ class Needs:
     @property
     def any_signal(self) -> bool:
         """Whether anything has to be computed for the policy."""
-        return self.prefill_column_sums or self.step_column_sums or self.query_window > 0
+        sums = self.prefill_column_sums or self.step_column_sums
+        return sums or self.query_window > 0 or self.step_query_window > 0
 
 
 @dataclass(slots=True)
@@ -108,7 +113,8 @@ class LayerView:
         column_sums: float32 [Hkv, G, S], attention received from this forward's queries; None if
             not asked for.
         window_sums: float32 [Hkv, G, S], attention received from the last `query_window` queries of
-            the prompt (fewer if it is shorter); given at the end of the prefill only.
+            the prompt (fewer if it is shorter) at the end of the prefill, and from the last
+            `step_query_window` queries of a later forward; None otherwise.
     """
 
     layer: LayerKV

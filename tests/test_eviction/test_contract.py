@@ -27,9 +27,17 @@ class TestSnapKV(PolicyContract):
     bounded_after_prefill: ClassVar[bool] = False
 
 
+class TestKeyDiff(PolicyContract):
+    method: ClassVar[str] = "keydiff:budget={budget}"
+
+
 class TestRandom(PolicyContract):
     method: ClassVar[str] = "random:budget={budget},window=2,sinks=1"
     bounded_after_prefill: ClassVar[bool] = False
+
+
+class TestTOVA(PolicyContract):
+    method: ClassVar[str] = "tova:budget={budget}"
 
 
 class TestH2O(PolicyContract):

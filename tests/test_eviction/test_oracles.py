@@ -84,7 +84,7 @@ class Driven:
             extend_entries(self.row.state, old, self.row.layer)
         layer, needs = self.row.layer, self.policy.needs
         wanted = needs.prefill_column_sums if is_prompt else needs.step_column_sums
-        window = min(needs.query_window, num) if is_prompt else 0
+        window = min(needs.query_window if is_prompt else needs.step_query_window, num)
         view = LayerView(
             layer=layer,
             state=self.row.state,
