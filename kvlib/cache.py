@@ -377,6 +377,11 @@ class KVCache(Copyable, Cache):
         self._check_usable()
         num = -tokens_to_remove
         opened = self._open
+        if num and self._deferred and not self.record_past:
+            raise ConfigError(
+                "cannot take tokens back while decisions about the prompt are deferred: call "
+                "activate_past_recording() before the prompt"
+            )
         if opened is not None and num > min(opened.new.num, MAX_ROLLBACK):
             raise ConfigError(
                 f"cannot take back {num} tokens: the newest forward pass had {opened.new.num}, "

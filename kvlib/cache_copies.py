@@ -234,14 +234,14 @@ class Copyable:
         return twin
 
     def decided(self, policy: Policy) -> Self:
-        """A copy that goes on under one of the policies in `defer`, once the prompt has been run.
+        """A copy that goes on under another policy, once the prompt has been run.
 
         It is what a cache of that policy holds after the same pass, bit for bit, so many methods
         can be compared at the price of one prefill.
 
         Raises:
             ConfigError: no decision is left open (a later pass, a copy or a snapshot makes the
-                cache's own), or the policy is not in `defer`.
+                cache's own), or the policy needs more than the policies in `defer` do.
         """
         self._check_usable()
         opened = self._open

@@ -18,7 +18,7 @@ from rich.table import Table
 from kvlib.errors import ConfigError, KVLibError
 
 if TYPE_CHECKING:
-    from kvlib.evals.profiles import Profile
+    from kvlib.evals.profiles import Cell, Profile
 
 __all__ = ["app"]
 
@@ -53,29 +53,32 @@ def _grid(
     modes: str | None,
 ) -> "Profile":
     """The profile with what was said otherwise."""
-    from kvlib.evals.profiles import canonical_methods, get_profile, make_cells, with_contexts
+    from kvlib.evals.profiles import get_profile, make_cells
 
     chosen = get_profile(profile)
-    if tasks is not None or lengths is not None or modes is not None:
-        try:
-            sizes = [int(part) for part in (lengths or "1024").split(",")]
-        except ValueError as exc:
-            raise ConfigError(f"lengths are numbers separated by ',', got {lengths!r}") from exc
-        names = dict.fromkeys(cell.task for cell in chosen.cells)
+    try:
+        sizes = [int(part) for part in lengths.split(",")] if lengths is not None else None
+    except ValueError as exc:
+        raise ConfigError(f"lengths are numbers separated by ',', got {lengths!r}") from exc
+    ways = None if modes is None else [part.strip() for part in modes.split(",")]
+    if tasks is not None:
+        every = methods or ";".join(chosen.cells[0].methods)
         cells = make_cells(
-            tasks or ";".join(names),
-            sizes,
-            methods or ";".join(chosen.cells[0].methods),
-            contexts or 10,
-            modes=[part.strip() for part in (modes or "unaware").split(",")],
-            probes=1,
+            tasks, sizes or [1024], every, contexts or 10, modes=ways or ["unaware"], probes=1
         )
         return replace(chosen, cells=cells)
-    if methods is not None:
-        every = canonical_methods(methods)
-        cells = tuple(replace(cell, methods=every) for cell in chosen.cells)
-        chosen = replace(chosen, cells=cells)
-    return chosen if contexts is None else with_contexts(chosen, contexts)
+    found: dict[tuple[str, int, str], Cell] = {}
+    for cell in chosen.cells:
+        for new in make_cells(
+            cell.task,
+            sizes or [cell.length],
+            methods or ";".join(cell.methods),
+            contexts or cell.contexts,
+            modes=ways or [cell.mode],
+            probes=cell.probes,
+        ):
+            found.setdefault((new.task, new.length, new.mode), new)
+    return replace(chosen, cells=tuple(found.values()))
 
 
 class _Progress:
@@ -150,9 +153,17 @@ def evaluate(
 ) -> None:
     """Run what is missing of a grid of tasks, lengths and methods, and write its report."""
     if context.invoked_subcommand is not None:
+        for name in context.params:
+            source = context.get_parameter_source(name)
+            if source is not None and source.name != "DEFAULT":
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} stands before {context.invoked_subcommand!r} and "
+                    "would be ignored: options of a subcommand come after it"
+                )
         return
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads
     from kvlib.evals.runner import RunOptions, run
+    from kvlib.evals.samples import FILE
 
     chosen = _grid(
         profile, tasks=tasks, lengths=lengths, methods=methods, contexts=contexts, modes=modes
@@ -173,7 +184,8 @@ def evaluate(
         interrupted = True
     finally:
         progress.stop()
-    _report(out)
+    if not interrupted or (out / FILE).exists():
+        _report(out)
     if interrupted:
         console.print("Interrupted. The same command goes on where this one stopped.")
         raise typer.Exit(130)
@@ -182,6 +194,8 @@ def evaluate(
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(help="Of a run.")]) -> None:
     """Write results.json and report.html again from a run's samples."""
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is no folder of a run")
     _report(folder)
 
 
@@ -191,21 +205,25 @@ def _report(folder: Path) -> None:
 
     header, records = read_samples(folder)
     rows = write_report(header, records, folder)
-    tables: dict[str, Table] = {}
+    tables: dict[object, Table] = {}
+    titles: dict[object, str] = {}
     for row in rows:
-        title = f"{cell_name(row)}: {row.questions} questions, {row.contexts} contexts"
-        if title not in tables:
-            tables[title] = table = Table(title=title, title_justify="left", title_style="bold")
+        cell = (row.task, row.version, row.length, row.mode, row.stepwise)
+        if cell not in tables:
+            title = f"{cell_name(row)}: {row.questions} questions, {row.contexts} contexts"
+            tables[cell] = table = Table()
+            titles[cell] = title
             for name in ("method", "held", "score", "minus full", "KL"):
                 table.add_column(name, justify="left" if name == "method" else "right")
-        tables[title].add_row(
+        tables[cell].add_row(
             short_method(row.method),
             percent(row.held_share),
             with_interval(row.score, row.metric),
             with_interval(row.delta, row.metric, sign=True),
             f"{row.scores['kl']:.3f}" if "kl" in row.scores else "",
         )
-    for table in tables.values():
+    for key, table in tables.items():
+        console.print(titles[key], style="bold", highlight=False)
         console.print(table)
     console.print(f"{folder / 'report.html'} has the plots, {folder / 'results.json'} all numbers.")
 
@@ -248,29 +266,33 @@ def compare(
     if as_json:
         print(json.dumps([asdict(one) for one in found]))  # noqa: T201
         return
-    tables: dict[str, Table] = {}
+    tables: dict[object, Table] = {}
+    titles: dict[object, str] = {}
     for one in found:
-        title = f"{cell_name(one)}: {one.questions} questions, {one.contexts} contexts"
-        if title not in tables:
-            tables[title] = table = Table(title=title, title_justify="left", title_style="bold")
+        cell = (one.task, one.length, one.mode)
+        if cell not in tables:
+            title = f"{cell_name(one)}: {one.questions} questions, {one.contexts} contexts"
+            tables[cell] = table = Table()
+            titles[cell] = title
             for name in ("method", "first", "second", "second - first", "p", "second is"):
                 table.add_column(name, justify="left" if name == "method" else "right")
         names = [short_method(one.first), short_method(one.second)]
         low = one.metric in ("kl", "nll")
         scores = [f"{x:.3f}" if low else f"{x:.1%}" for x in (one.first_score, one.second_score)]
-        tables[title].add_row(
+        tables[cell].add_row(
             names[0] if names[0] == names[1] else " -> ".join(names),
             *scores,
             with_interval(one.delta, one.metric, sign=True),
             "" if one.p is None else f"{one.p:.2g}",
-            one.verdict if one.verdict in ("better", "worse") else "",
+            "" if one.verdict == "no difference shown" else one.verdict,
         )
-    for table in tables.values():
+    for key, table in tables.items():
+        console.print(titles[key], style="bold", highlight=False)
         console.print(table)
     console.print(
         "Differences are per question, intervals over contexts (95 %, bootstrap); p is McNemar's, "
         "corrected for the number of comparisons (Holm). Better and worse are said where the "
-        "interval leaves out 0."
+        "interval leaves out 0, with 5 contexts or more."
     )
 
 

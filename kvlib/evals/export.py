@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from kvlib.errors import ConfigError
 from kvlib.evals.models import load_eval_model
 from kvlib.evals.profiles import Cell
 from kvlib.evals.samples import SCHEMA
@@ -23,6 +24,8 @@ def export_prompts(cells: Sequence[Cell], model: str, dtype: str, seed: int, out
     Raises:
         ConfigError: the model or a task cannot be made.
     """
+    if not out.parent.is_dir():
+        raise ConfigError(f"there is no folder {out.parent} for {out.name}")
     loaded = load_eval_model(model, dtype)
     source = loaded.source
     num = 0
@@ -42,6 +45,7 @@ def export_prompts(cells: Sequence[Cell], model: str, dtype: str, seed: int, out
                         "length": cell.length,
                         "seed": seed,
                         "index": index,
+                        "digest": sample.digest(),
                     },
                     "mode": cell.mode,
                     "context": sample.context,

@@ -2,6 +2,7 @@
 """The models an evaluation can run: a folder, or one that needs nothing fetched."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["EvalModel", "load_eval_model", "prepare_eval_model"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class EvalModel:
     """A model with what identifies it.
 
@@ -34,7 +35,7 @@ class EvalModel:
     tokenizer: "PreTrainedTokenizerBase | None"
     model_id: str | None
 
-    @property
+    @cached_property
     def source(self) -> Source:
         """Where tasks get their token ids."""
         return Source(self.tokenizer, int(self.model.config.vocab_size))
@@ -47,6 +48,7 @@ class EvalModel:
             "dtype": spec.dtype,
             "device": self.model.device.type,
             "fingerprint": spec.fingerprint().hex(),
+            "text": self.source.digest(),
             "parameters": sum(p.numel() for p in self.model.parameters()),
         }
 
@@ -91,7 +93,7 @@ def load_eval_model(name: str, dtype: str = "float32", device: str = "cpu") -> E
         loaded = EvalModel(name, model, tokenizer, None)
     try:
         torch.nn.Module.to(loaded.model, device)
-    except RuntimeError as exc:
+    except (RuntimeError, AssertionError) as exc:
         raise ConfigError(f"cannot use device {device!r}: {exc}") from exc
     return loaded
 

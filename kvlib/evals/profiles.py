@@ -2,7 +2,7 @@
 """Grids of tasks, lengths and methods, and the two that come with kvlib."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from kvlib.errors import ConfigError
 from kvlib.evals.scoring import MODES, EvalMethod
@@ -81,6 +81,8 @@ def make_cells(
         if mode not in MODES:
             raise ConfigError(f"no mode is named {mode!r}.{suggest(mode, MODES)}")
     names = [describe(build_task(part)) for part in tasks.split(";") if part.strip()]
+    if not names:
+        raise ConfigError("no tasks were given")
     every = canonical_methods(methods)
     return tuple(
         Cell(task, length, mode, contexts, every, min(probes, contexts))
@@ -134,12 +136,3 @@ def get_profile(name: str) -> Profile:
     if name not in PROFILES:
         raise ConfigError(f"no profile is named {name!r}.{suggest(name, PROFILES)}")
     return PROFILES[name]()
-
-
-def with_contexts(profile: Profile, contexts: int) -> Profile:
-    """The profile with another number of contexts in every cell."""
-    cells = tuple(
-        replace(cell, contexts=contexts, probes=min(cell.probes, contexts))
-        for cell in profile.cells
-    )
-    return replace(profile, cells=cells)

@@ -11,14 +11,14 @@ from typing import Any
 from kvlib.errors import KVLibError
 from kvlib.evals.scoring import EvalMethod
 from kvlib.evals.statistics import LEVEL, RESAMPLES, Interval
-from kvlib.evals.summary import Row, summarize
+from kvlib.evals.summary import FEW_CONTEXTS, Row, summarize
+from kvlib.evals.tasks import build_task
 from kvlib.pages import LINES, STYLE, TEXT, figure, inline, svg
 from kvlib.registry import parse_method
 
 __all__ = ["cell_name", "percent", "short_method", "with_interval", "write_report"]
 
 LOWER_IS_BETTER = ("kl", "nll")
-_FEW = 5
 
 
 def write_report(header: dict[str, Any], records: Sequence[dict[str, Any]], out: Path) -> list[Row]:
@@ -62,9 +62,18 @@ def _short(plugin: Any, params: Sequence[tuple[str, str]]) -> str:
     return f"{plugin.name}:{','.join(kept)}" if kept else str(plugin.name)
 
 
+def _short_task(task: str) -> str:
+    """A task without the parameters that have their default values."""
+    try:
+        built = build_task(task)
+    except KVLibError:
+        return task
+    return _short(built, parse_method(task).policies[0].params)
+
+
 def cell_name(row: Any) -> str:
     """The task, its length, and what is not usual about it."""
-    parts = [f"{row.task.partition(':')[0]}, {row.length:,} tokens"]
+    parts = [_short_task(row.task), f"{row.length:,} tokens"]
     if row.mode != "unaware":
         parts.append("question-aware")
     if getattr(row, "stepwise", False):
@@ -97,7 +106,8 @@ def with_interval(interval: Interval | None, metric: str, *, sign: bool = False)
 def _cells(rows: Sequence[Row]) -> dict[tuple[Any, ...], list[Row]]:
     cells: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        cells.setdefault((row.task, row.length, row.mode, row.stepwise), []).append(row)
+        cell = (row.task, row.version, row.length, row.mode, row.stepwise)
+        cells.setdefault(cell, []).append(row)
     return cells
 
 
@@ -110,7 +120,10 @@ def _dominated(row: Row, others: Sequence[Row]) -> bool:
 
 
 def _family(method: str) -> str:
-    parsed = parse_method(method)
+    try:
+        parsed = parse_method(method)
+    except KVLibError:
+        return method
     policy = parsed.policies[0].name if parsed.policies else "full"
     return policy if parsed.codec is None else f"{policy} | {parsed.codec.name}"
 
@@ -225,7 +238,7 @@ def _page(header: dict[str, Any], rows: Sequence[Row], drawing: str) -> str:
         first = group[0]
         few = (
             f" With {first.contexts} contexts the intervals are too narrow."
-            if first.contexts < _FEW
+            if first.contexts < FEW_CONTEXTS
             else ""
         )
         counts = sorted({(row.contexts, row.questions) for row in group})

@@ -18,12 +18,12 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from kvlib.errors import ConfigError, KVLibError
+from kvlib.errors import ConfigError
 from kvlib.evals.models import EvalModel, load_eval_model, prepare_eval_model
 from kvlib.evals.profiles import Cell
 from kvlib.evals.samples import Key, SampleFile
 from kvlib.evals.scoring import EvalMethod, Scorer
-from kvlib.evals.tasks import Source, build_task, make_sample
+from kvlib.evals.tasks import build_task, make_sample
 
 __all__ = ["RunOptions", "Unit", "UnitScorer", "run", "units_of"]
 
@@ -90,7 +90,7 @@ def units_of(cells: Sequence[Cell], options: RunOptions, done: set[tuple[Key, st
             if left:
                 probe = index < cell.probes
                 units.append(Unit(cell.task, cell.length, cell.mode, index, tuple(left), probe))
-    return sorted(units, key=lambda unit: -unit.length * (unit.mode == "aware" or 1))
+    return sorted(units, key=lambda unit: (-unit.length, unit.mode == "unaware"))
 
 
 class UnitScorer:
@@ -102,7 +102,7 @@ class UnitScorer:
     """
 
     def __init__(self, loaded: EvalModel, options: RunOptions) -> None:
-        self._source: Source = loaded.source
+        self._source = loaded.source
         self._scorer = Scorer(loaded.model, model_id=loaded.model_id, stepwise=options.stepwise)
         self._options = options
 
@@ -116,6 +116,7 @@ class UnitScorer:
             "length": unit.length,
             "seed": self._options.seed,
             "index": unit.index,
+            "digest": sample.digest(),
         }
         methods = [EvalMethod.parse(method) for method in unit.methods]
         scored = self._scorer.score(sample, unit.mode, methods, probe=unit.probe)
@@ -222,18 +223,21 @@ class _Process:
         try:
             self._process.stdin.write(json.dumps(message) + "\n")
             self._process.stdin.flush()
-        except OSError:
-            pass  # it has ended: reading tells why
+        except (OSError, ValueError):
+            pass  # it has ended or was stopped: reading tells
 
     def _hear(self) -> dict[str, Any]:
         assert self._process.stdout is not None  # noqa: S101
         line = self._process.stdout.readline()
-        if not line:
+        if not line.endswith("\n"):
             raise ConfigError(
                 f"an evaluation worker ended with status {self._process.wait()}; what it printed "
                 "is above. Results so far are kept: run the same command again to go on"
             )
-        message: dict[str, Any] = json.loads(line)
+        try:
+            message: dict[str, Any] = json.loads(line)
+        except ValueError as exc:
+            raise ConfigError(f"an evaluation worker said {line[:80]!r}: no message") from exc
         if "error" in message:
             raise ConfigError(message["error"])
         return message
@@ -282,7 +286,7 @@ def _results(
     waiting: SimpleQueue[Unit] = SimpleQueue()
     for unit in units:
         waiting.put(unit)
-    said: SimpleQueue[dict[str, Any] | KVLibError | None] = SimpleQueue()
+    said: SimpleQueue[dict[str, Any] | BaseException | None] = SimpleQueue()
 
     def serve(worker: "_Here | _Process") -> None:
         try:
@@ -291,7 +295,7 @@ def _results(
                     said.put(record)
         except Empty:
             said.put(None)
-        except KVLibError as exc:
+        except BaseException as exc:  # noqa: BLE001  # raised where the results are awaited
             said.put(exc)
 
     for worker in workers:
@@ -299,7 +303,7 @@ def _results(
     busy = len(workers)
     while busy:
         message = said.get()
-        if isinstance(message, KVLibError):
+        if isinstance(message, BaseException):
             raise message
         if message is None:
             busy -= 1

@@ -20,7 +20,7 @@ __all__ = ["FILE", "SCHEMA", "Key", "SampleFile", "key_of", "read_samples"]
 SCHEMA = 1
 FILE = "samples.jsonl"
 
-_SAME = ("name", "dtype", "device", "fingerprint")
+_SAME = ("name", "dtype", "device", "fingerprint", "text")
 
 
 class Key(NamedTuple):
@@ -62,7 +62,10 @@ def key_of(record: dict[str, Any]) -> Key:
 
 
 def read_samples(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Header and records of a run folder or of a samples file; the last line of a key counts.
+    """Header and records of a run folder or of a samples file.
+
+    The last line of a key counts, and of a method in a cell only the lines that were made by the
+    same versions as the newest.
 
     Raises:
         ConfigError: no such file, or one that does not hold samples; the line is named.
@@ -81,14 +84,25 @@ def read_samples(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
                 if header is None:
                     header = _checked(entry, place)
                 else:
-                    records[key_of(entry)] = entry
+                    key = key_of(entry)
+                    records.pop(key, None)  # so that the newest is the last
+                    records[key] = entry
             except (ValueError, KeyError, TypeError) as exc:
                 raise ConfigError(
                     f"{place}, line {number} is no sample ({type(exc).__name__}: {exc})"
                 ) from exc
     if header is None:
         raise ConfigError(f"{place} is empty: expected a header and samples")
-    return header, list(records.values())
+    newest = {(key.cell, key.method): _versions(record) for key, record in records.items()}
+    return header, [
+        record
+        for key, record in records.items()
+        if newest[key.cell, key.method] == _versions(record)
+    ]
+
+
+def _versions(record: dict[str, Any]) -> str:
+    return str(record.get("versions", ""))
 
 
 def _checked(header: Any, place: Path) -> dict[str, Any]:
@@ -117,9 +131,12 @@ class SampleFile:
     """
 
     def __init__(self, folder: Path, header: dict[str, Any]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / FILE
-        self._file: BufferedRandom = self.path.open("a+b")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file: BufferedRandom = self.path.open("a+b")
+        except OSError as exc:
+            raise ConfigError(f"cannot write to {self.path}: {exc}") from exc
         try:
             self._lock()
             self._repair()
@@ -164,7 +181,7 @@ class SampleFile:
 
     def done(self) -> set[tuple[Key, str]]:
         """What is there: keys, each with the versions of what made it."""
-        return {(key_of(record), str(record.get("versions", ""))) for record in self.records}
+        return {(key_of(record), _versions(record)) for record in self.records}
 
     def close(self) -> None:
         """Release the file."""

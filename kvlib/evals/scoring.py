@@ -115,6 +115,7 @@ class Scorer:
                 steps.
         """
         full = EvalMethod.parse("full")
+        methods = list({method.text: method for method in methods}.values())
         groups: dict[str, list[EvalMethod]] = {full.text: [full]}
         for method in methods:
             if method.text != full.text:
@@ -128,16 +129,19 @@ class Scorer:
         else:
             rounds = [(sample.context, [(q, q.question + q.prefix) for q in sample.questions])]
         for number, (prompt, asks) in enumerate(rounds):
+            # First, while no other cache is there to add to the memory.
+            measured = [
+                self._measure(policy, prompt) if probe and number == 0 else {}
+                for policy in policies
+            ]
             shared = KVCache(self._model, model_id=self._model_id, defer=policies)
             self._prefill(shared, prompt)
             reference: list[Tensor] = []
             full_bytes = 0
-            for group in groups.values():
+            for group, seconds in zip(groups.values(), measured, strict=True):
                 cache = shared.decided(group[0].policy)
                 full_bytes = full_bytes or cache.nbytes
-                numbers = {"held_bytes": cache.nbytes, "full_bytes": full_bytes}
-                if probe and number == 0:
-                    numbers |= self._measure(group[0].policy, prompt)
+                numbers = {"held_bytes": cache.nbytes, "full_bytes": full_bytes, **seconds}
                 for method in group:
                     mine = dict(numbers)
                     held = (

@@ -14,6 +14,9 @@ from kvlib.evals.tasks import build_task
 
 __all__ = ["Comparison", "Row", "compare", "metric_of", "summarize"]
 
+FEW_CONTEXTS = 5
+"""Below this a bootstrap interval is too narrow to judge by."""
+
 FULL = "full"
 _NUMBERS = ("prefill_s", "encode_s", "restore_s", "first_token_s")
 
@@ -24,6 +27,7 @@ class Row:
 
     Attributes:
         task: with its parameters.
+        version: of the task.
         length: tokens of a context.
         mode: unaware or aware.
         stepwise: answers were fed token by token.
@@ -41,6 +45,7 @@ class Row:
     """
 
     task: str
+    version: int
     length: int
     mode: str
     stepwise: bool
@@ -77,7 +82,7 @@ class Comparison:
             wrong.
         only_first: questions that only the first got right.
         only_second: questions that only the second got right.
-        verdict: better, worse or no difference shown, for the second.
+        verdict: better, worse, no difference shown, or too few contexts, for the second.
     """
 
     task: str
@@ -115,6 +120,11 @@ def _values(records: Iterable[_Record], name: str) -> _Clusters:
         key_of(record).context: [float(question[name]) for question in record["questions"]]
         for record in records
     }
+
+
+def _digests(records: Iterable[_Record]) -> dict[object, str | None]:
+    """What names the prompts; None where a tool did not say."""
+    return {key_of(record).context: record["sample"].get("digest") for record in records}
 
 
 def _ordered(records: Iterable[_Record]) -> dict[tuple[Any, ...], dict[str, list[_Record]]]:
@@ -171,9 +181,10 @@ def _row(
         seconds["step_s"] = statistics.median(steps)
     probed = [r for r in records if "peak_cache_bytes" in r]
     memory = [r["peak_memory_bytes"] for r in probed if r["peak_memory_bytes"] is not None]
-    task, _, length, mode, stepwise = cell
+    task, version, length, mode, stepwise = cell
     return Row(
         task=task,
+        version=version,
         length=length,
         mode=mode,
         stepwise=stepwise,
@@ -261,15 +272,25 @@ def _compare(
     both = [context for context in ours if context in theirs]
     if not both:
         return None
-    if any(len(ours[context]) != len(theirs[context]) for context in both):
-        raise ConfigError(f"{cell[0]}: the two runs have different questions for one context")
+    mine, its = _digests(first), _digests(second)
+    if any(
+        len(ours[context]) != len(theirs[context])
+        or (None not in (mine[context], its[context]) and mine[context] != its[context])
+        for context in both
+    ):
+        raise ConfigError(
+            f"{cell[0]}: the two runs have different questions for one context (another tokenizer, "
+            "or another release of Python, whose help topics are the text)"
+        )
     delta = cluster_mean(_differences(first, second, metric))
     left = [value for context in both for value in ours[context]]
     right = [value for context in both for value in theirs[context]]
     test = mcnemar(left, right)
     better = metric not in ("nll", "kl")
     verdict = "no difference shown"
-    if delta.low is not None and delta.high is not None and not delta.low <= 0 <= delta.high:
+    if len(both) < FEW_CONTEXTS:
+        verdict = "too few contexts"
+    elif delta.low is not None and delta.high is not None and not delta.low <= 0 <= delta.high:
         verdict = "better" if (delta.mean > 0) == better else "worse"
     task, _, length, mode, _ = cell
     return Comparison(

@@ -12,10 +12,6 @@ from collections.abc import Iterator
 from queue import SimpleQueue
 from typing import Any, TextIO
 
-from kvlib.errors import KVLibError
-from kvlib.evals.models import load_eval_model
-from kvlib.evals.runner import RunOptions, Unit, UnitScorer
-
 __all__ = ["main"]
 
 
@@ -35,7 +31,7 @@ def _lines() -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     """Serve until the parent closes the pipe."""
-    # Standard output carries the messages: whatever else prints goes to standard error.
+    # Standard output carries the messages: what else prints, imports too, goes to standard error.
     out: TextIO = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
@@ -43,9 +39,14 @@ def main() -> None:
         out.write(json.dumps(message, separators=(",", ":")) + "\n")
         out.flush()
 
+    from kvlib.errors import KVLibError
+
     messages = _lines()
     try:
         import torch
+
+        from kvlib.evals.models import load_eval_model
+        from kvlib.evals.runner import RunOptions, Unit, UnitScorer
 
         options = RunOptions(**next(messages))
         if options.device == "cpu":

@@ -35,8 +35,8 @@ class Random:
         budget: entries per head after the prompt, sinks and window included: a fraction of the
             prompt or a number of tokens.
         sinks: first tokens that always stay.
-        window: last tokens of the prompt that always stay. A budget too small for both keeps sinks
-            first.
+        window: last tokens of the prompt that always stay. A budget too small for both keeps the
+            sinks and the newest tokens, and nothing is drawn.
         seed: of the draw.
     """
 
@@ -54,6 +54,8 @@ class Random:
         for name in ("sinks", "window", "seed"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"random: {name} must be 0 or more, got {getattr(self, name)}")
+        if self.seed >= 2**43:
+            raise ConfigError(f"random: seed must be below 2**43, got {self.seed}")
 
     @property
     def needs(self) -> Needs:
@@ -82,6 +84,7 @@ class Random:
             (view.layer.num_kv_heads, held), generator=generator, dtype=torch.float64
         )
         if self.window:
-            scores[:, -self.window :] = 2
-        scores[:, : self.sinks] = 3
+            last = scores[:, -self.window :]
+            last[:] = torch.linspace(2, 3, last.shape[1])  # too many of them: the newest stay
+        scores[:, : self.sinks] = 4
         return keep_rows(keep_highest(scores, budget).to(view.layer.keys.device))

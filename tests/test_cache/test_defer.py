@@ -122,6 +122,18 @@ def test_what_cannot_be_decided_is_refused():
 
 
 @torch.no_grad()
+def test_taking_tokens_back_while_decisions_are_open():
+    """Refused, unless it was recorded; then it is as if they had never been there."""
+    model = tiny_model()
+    policy = SnapKV(budget=0.5, window=4)
+    cache = kvlib.KVCache(model, defer=[policy])
+    model(ids(40), past_key_values=cache)
+    with pytest.raises(ConfigError, match="activate_past_recording"):
+        cache.crop(-3)
+    cache.decided(policy)
+
+
+@torch.no_grad()
 def test_a_policy_that_needs_no_steps_is_not_called_in_them():
     """`Needs.steps`: it costs nothing after the prompt; its numbers still follow the rows."""
 

@@ -78,7 +78,13 @@ def test_the_report_says_what_happened(smoke):
     assert "recall, 1,001 tokens: 150 questions, 3 contexts" in text
     assert "snapkv:budget=0.25" in text
     page = (out / "report.html").read_text()
-    for part in ("<svg", "recall, 4,001 tokens", "question-aware", "full | int4", "evidence kept"):
+    for part in (
+        "<svg",
+        "recall:questions=25, 4,001 tokens",
+        "question-aware",
+        "full | int4",
+        "evidence kept",
+    ):
         assert part in page
     assert not re.search(r"(src|href)=.?http", page)
     before = {p.name: p.read_bytes() for p in out.iterdir()}
@@ -104,9 +110,9 @@ def test_compare(smoke, tmp_path):
     assert "│  worse" not in text
     found = json.loads(eval_("compare", out, out, "--methods", "full;snapkv:budget=0.25", "--json"))
     assert {(one["length"], one["mode"], one["verdict"]) for one in found} == {
-        (1001, "unaware", "worse"),
-        (4001, "unaware", "no difference shown"),  # one context has no interval
-        (1001, "aware", "no difference shown"),
+        (1001, "unaware", "too few contexts"),
+        (4001, "unaware", "too few contexts"),
+        (1001, "aware", "too few contexts"),
     }
     (paired,) = [one for one in found if (one["length"], one["mode"]) == (1001, "unaware")]
     assert paired["questions"] == paired["only_first"] / (1 - paired["second_score"])
@@ -165,7 +171,7 @@ def test_a_grid_of_ones_own(tmp_path, text_model_folder):
         *("--contexts", 1, "--out", tmp_path, "--workers", 1),
     )
     text = eval_(*arguments)
-    for cell in ("table, 600 tokens:", "copy, 800 tokens, question-aware:"):
+    for cell in ("table:pairs=8, 600 tokens:", "copy, 800 tokens, question-aware:"):
         assert cell in text
     _, records = read_samples(tmp_path)
     assert len(records) == 2 * 2 * 2 * 2
@@ -186,6 +192,33 @@ def test_wrong_options_are_named(arguments, message, tmp_path):
     result = eval_(*arguments, "--out", tmp_path / "out", code=None)
     assert message in str(result.exception)
     assert not (tmp_path / "out").exists()
+
+
+def test_options_before_a_subcommand_are_refused(tmp_path):
+    """They would be ignored."""
+    result = eval_("--profile", "smoke", "export", tmp_path / "x", code=None)
+    assert "--profile stands before 'export'" in str(result.exception)
+
+
+def test_a_part_of_a_profile(tmp_path):
+    """Other lengths, modes or methods keep the rest of the profile's cells."""
+    text = eval_(
+        *("--profile", "smoke", "--lengths", "61,81", "--modes", "aware", "--contexts", 1),
+        *("--methods", "full", "--out", tmp_path / "a"),
+    )
+    assert "recall, 61 tokens, question-aware: 50 questions" not in text  # there are 30 pairs
+    assert "recall, 61 tokens, question-aware: 30 questions" in text
+    assert "recall:questions=25, 81 tokens, question-aware: 25 questions" in text
+    for arguments, message in (
+        (("--tasks", ";"), "no tasks were given"),
+        (("--device", "cuda:99", "--model", "recall:vocab=64"), "cannot use device"),
+    ):
+        result = eval_("--profile", "smoke", *arguments, "--out", tmp_path / "b", code=None)
+        assert message in str(result.exception)
+    result = eval_("export", tmp_path / "no" / "x.jsonl", code=None)
+    assert "there is no folder" in str(result.exception)
+    result = eval_("report", tmp_path / "a" / "samples.jsonl", code=None)
+    assert "is no folder of a run" in str(result.exception)
 
 
 def test_short_names():

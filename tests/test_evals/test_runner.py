@@ -11,7 +11,7 @@ import time
 import pytest
 
 from kvlib.errors import ConfigError
-from kvlib.evals.profiles import get_profile, make_cells, with_contexts
+from kvlib.evals.profiles import get_profile, make_cells
 from kvlib.evals.runner import RunOptions, run, units_of
 from kvlib.evals.samples import FILE, SampleFile, key_of, read_samples
 
@@ -217,9 +217,46 @@ def test_errors_of_workers_and_options(tmp_path):
         get_profile("smokey")
 
 
+def test_a_rerun_with_a_new_version_that_was_cut_short(tmp_path, monkeypatch):
+    """Results of two versions are never averaged: those of the newest count, however few."""
+    from kvlib.eviction.streaming import Streaming
+
+    cells = make_cells("recall:questions=5", (61,), "full;streaming:budget=0.5", 3)
+    run(cells, OPTIONS, tmp_path)
+    monkeypatch.setattr(Streaming, "version", 2)
+    run(make_cells("recall:questions=5", (61,), "streaming:budget=0.5", 1), OPTIONS, tmp_path)
+    _, records = read_samples(tmp_path)
+    assert sorted(record["versions"] for record in records) == ["full@1"] * 3 + ["streaming@2"]
+
+
+@pytest.mark.parametrize("line", ["no message\n", '{"record": {"torn'])
+def test_a_worker_that_talks_nonsense_ends_the_run(tmp_path, monkeypatch, line):
+    """A line that is no message, or the half of one: an error, never a wait for ever."""
+    code = (
+        "import sys, json\n"
+        "print(json.dumps({'model': {'name': 'x', 'fingerprint': ''}}), flush=True)\n"
+        f"sys.stdin.readline(); sys.stdin.readline()\nsys.stdout.write({line!r})\n"
+    )
+    real = subprocess.Popen
+
+    def fake(command, **options):
+        return real([sys.executable, "-c", code], **options)
+
+    monkeypatch.setattr("kvlib.evals.runner.subprocess.Popen", fake)
+    with pytest.raises(ConfigError, match="an evaluation worker"):
+        run(CELLS, RunOptions("recall:vocab=256", workers=2), tmp_path)
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    """A file where the folder should be."""
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match="cannot write to"):
+        run(CELLS, OPTIONS, tmp_path / "file")
+
+
 def test_units_are_contexts():
     """What is done is left out; long contexts come first; probes are the first contexts."""
-    units = units_of(with_contexts(get_profile("smoke"), 2).cells, OPTIONS, set())
+    units = units_of(get_profile("smoke").cells, OPTIONS, set())
     assert [unit.length for unit in units] == sorted((u.length for u in units), reverse=True)
     assert all(unit.probe == (unit.index == 0 and "50" in unit.task) for unit in units)
     assert json.dumps(units[0].methods)

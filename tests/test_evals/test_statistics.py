@@ -134,6 +134,25 @@ def test_comparisons_are_paired():
     assert compare(first, [record("b", 0, [1] * 4)]) == []
 
 
+def test_a_verdict_needs_five_contexts():
+    """Where few contexts agree the interval has no width, and means nothing."""
+    first = [record("a", i, [0]) for i in range(4)]
+    second = [record("a", i, [1]) for i in range(4)]
+    assert compare(first, second)[0].verdict == "too few contexts"
+
+
+def test_other_prompts_are_not_paired():
+    """The same task, length, seed and index with another tokenizer: other questions."""
+    first = [record("a", i, [0]) for i in range(5)]
+    second = [record("a", i, [1]) for i in range(5)]
+    for i, one in enumerate(first):
+        one["sample"] = {**one["sample"], "digest": f"{i}"}
+    assert compare(first, second)[0].verdict == "better"  # a tool that says nothing is believed
+    second[3]["sample"] = {**second[3]["sample"], "digest": "4"}
+    with pytest.raises(ConfigError, match="different questions"):
+        compare(first, second)
+
+
 def test_comparisons_of_methods_and_of_what_is_better_low():
     """Two methods of one run; less KL is better; p is corrected for the number of cells."""
     records = [

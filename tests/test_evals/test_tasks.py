@@ -93,6 +93,16 @@ def test_records_are_scattered_and_a_table_is_not(source):
     assert spread("records") > 600
 
 
+def test_a_cue_stands_once_in_its_context(source):
+    """Otherwise two continuations would be right."""
+    for index in range(4):
+        sample = sample_of("copy:cue=8", source, index)
+        text = source.tokenizer.decode(sample.context)
+        for question in sample.questions:
+            cue = source.tokenizer.decode(question.question + question.prefix)
+            assert text.count(cue) == 1
+
+
 def test_needles_lie_everywhere(source):
     """Depths of 40 samples cover the context."""
     depths = sorted(sample_of("needle", source, i).questions[0].evidence[0] for i in range(40))

@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import blake2b
 from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 from kvlib.errors import ConfigError
@@ -42,6 +43,14 @@ class Sample:
 
     context: tuple[int, ...]
     questions: tuple[Question, ...]
+
+    def digest(self) -> str:
+        """Names the token ids: results of different prompts must not be paired."""
+        parts = [self.context]
+        for question in self.questions:
+            parts += [question.question, question.prefix, question.answer]
+        text = "|".join(",".join(map(str, part)) for part in parts)
+        return blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 @runtime_checkable
@@ -93,7 +102,9 @@ def check_at_least(name: str, minimum: int, **values: int) -> None:
 
 
 class Source:
-    """Token ids for one model: its tokenizer, and text that every machine has.
+    """Token ids for one model: its tokenizer, and text that every Python has.
+
+    The text is that of the running Python's help topics, so it differs between its releases.
 
     Args:
         tokenizer: of the model; None for models without text.
@@ -148,6 +159,13 @@ class Source:
     def paragraphs(self) -> list[int]:
         """Where paragraphs of the topics begin."""
         return self._text[1]
+
+    def digest(self) -> str:
+        """Names the tokenizer and the text, as far as samples depend on them."""
+        if self.tokenizer is None:
+            return ""
+        ids = [*self.start, *self.topics, *self.encode(" ".join(WORDS))]
+        return blake2b(",".join(map(str, ids)).encode(), digest_size=16).hexdigest()
 
     def passage(self, num: int, rng: random.Random) -> list[int]:
         """`num` tokens of real text, from the beginning of a paragraph on.

@@ -14,6 +14,7 @@ from kvlib.evals.tasks.base import Question, Sample, Source, check_at_least
 
 __all__ = ["Copying"]
 
+_TRIES = 50
 _END = "\n\nThe same text again, from somewhere in the middle:\n\n"
 
 
@@ -54,8 +55,11 @@ class Copying:
         text = source.passage(room, rng)
         asked = []
         for i in range(self.questions):
-            at = i * part + rng.randrange(part - self.cue - self.tokens + 1)
-            cue = text[at : at + self.cue]
+            for _ in range(_TRIES):
+                at = i * part + rng.randrange(part - self.cue - self.tokens + 1)
+                cue = text[at : at + self.cue]
+                if _count(text, cue) == 1:  # else there may be two answers
+                    break
             answer = text[at + self.cue : at + self.cue + self.tokens]
             first = len(begin) + at + self.cue
             asked.append(
@@ -67,3 +71,9 @@ class Copying:
                 )
             )
         return Sample((*begin, *text, *end), tuple(asked))
+
+
+def _count(text: list[int], part: list[int]) -> int:
+    """How often the part occurs."""
+    first, size = part[0], len(part)
+    return sum(token == first and text[i : i + size] == part for i, token in enumerate(text))
