@@ -99,12 +99,14 @@ def _grid(policies: Sequence[str]) -> str:
 
 def _smoke() -> Profile:
     methods = _grid(("streaming", "random", "snapkv", "h2o"))
+    quarter = [f"{name}:budget=0.25" for name in ("streaming", "random", "snapkv", "h2o")]
+    long = ";".join(["full", "full | exact", *quarter])
     few = "full;streaming:budget=0.25;snapkv:budget=0.25"
     return Profile(
         "recall",
         (
-            *make_cells("recall", (1001,), methods, 3, probes=1),
-            *make_cells("recall:questions=25", (4001,), methods, 1),
+            *make_cells("recall:questions=25", (1001,), methods, 3, probes=1),
+            *make_cells("recall:questions=15", (4001,), long, 1),
             *make_cells("recall:questions=10", (1001,), few, 2, modes=("aware",)),
         ),
     )

@@ -47,7 +47,7 @@ def test_smoke_agrees_with_theory(smoke):
         for method in ("full", "full | exact"):
             assert found[method]["score"]["mean"] == 1
             assert found[method]["scores"]["kl"] == 0
-        for share in (0.5, 0.25):
+        for share in (0.5, 0.25) if length == 1001 else (0.25,):
             for policy in ("streaming", "random", "snapkv", "h2o"):
                 row = found[f"{policy}:budget={share}"]
                 error = math.sqrt(share * (1 - share) / row["questions"])
@@ -68,19 +68,19 @@ def test_an_answer_is_right_where_its_evidence_is_held(smoke):
         if record["method"].startswith("streaming")
         for question in record["questions"]
     ]
-    assert len(found) >= 370
+    assert len(found) >= 180
     assert all(question["exact"] == question["evidence_kept"] for question in found)
 
 
 def test_the_report_says_what_happened(smoke):
     """Console, HTML and JSON; written again from the samples they are the same."""
     out, text = smoke
-    assert "recall, 1,001 tokens: 150 questions, 3 contexts" in text
+    assert "recall:questions=25, 1,001 tokens: 75 questions, 3 contexts" in text
     assert "snapkv:budget=0.25" in text
     page = (out / "report.html").read_text()
     for part in (
         "<svg",
-        "recall:questions=25, 4,001 tokens",
+        "recall:questions=15, 4,001 tokens",
         "question-aware",
         "full | int4",
         "evidence kept",
@@ -97,7 +97,7 @@ def test_running_again_runs_nothing(smoke):
     out, _ = smoke
     before = (out / "samples.jsonl").read_bytes()
     text = eval_("--profile", "smoke", "--out", out)
-    assert "50 of 50 results are there" in text or "results are there" not in text
+    assert "45 of 45 results are there" in text or "results are there" not in text
     assert (out / "samples.jsonl").read_bytes() == before
 
 
@@ -105,7 +105,7 @@ def test_compare(smoke, tmp_path):
     """A run with itself; two methods; JSON; nothing in common."""
     out, _ = smoke
     text = eval_("compare", out, out)
-    assert "recall, 1,001 tokens: 150 questions, 3 contexts" in text
+    assert "recall:questions=25, 1,001 tokens: 75 questions, 3 contexts" in text
     assert "│ better" not in text
     assert "│  worse" not in text
     found = json.loads(eval_("compare", out, out, "--methods", "full;snapkv:budget=0.25", "--json"))
@@ -133,12 +133,12 @@ def test_another_tools_samples_are_compared(smoke, tmp_path):
     theirs = tmp_path / "theirs.jsonl"
     lines = [{**header, "tool": "another 1.0"}]
     for record in records:
-        if record["method"] == "streaming:budget=0.5,sinks=4":
-            lines.append({**record, "method": "streaming:budget=0.5"})
+        if record["method"] == "streaming:budget=0.25,sinks=4":
+            lines.append({**record, "method": "streaming:budget=0.25"})
             del lines[-1]["stepwise"]
     theirs.write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = json.loads(eval_("compare", out, theirs, "--json"))
-    assert {one["first"] for one in found} == {"streaming:budget=0.5,sinks=4"}
+    assert {one["first"] for one in found} == {"streaming:budget=0.25,sinks=4"}
     assert {one["length"] for one in found} == {1001, 4001}
 
 
@@ -206,9 +206,8 @@ def test_a_part_of_a_profile(tmp_path):
         *("--profile", "smoke", "--lengths", "61,81", "--modes", "aware", "--contexts", 1),
         *("--methods", "full", "--out", tmp_path / "a"),
     )
-    assert "recall, 61 tokens, question-aware: 50 questions" not in text  # there are 30 pairs
-    assert "recall, 61 tokens, question-aware: 30 questions" in text
-    assert "recall:questions=25, 81 tokens, question-aware: 25 questions" in text
+    assert "recall:questions=25, 61 tokens, question-aware: 25 questions" in text
+    assert "recall:questions=15, 81 tokens, question-aware: 15 questions" in text
     for arguments, message in (
         (("--tasks", ";"), "no tasks were given"),
         (("--device", "cuda:99", "--model", "recall:vocab=64"), "cannot use device"),

@@ -258,5 +258,5 @@ def test_units_are_contexts():
     """What is done is left out; long contexts come first; probes are the first contexts."""
     units = units_of(get_profile("smoke").cells, OPTIONS, set())
     assert [unit.length for unit in units] == sorted((u.length for u in units), reverse=True)
-    assert all(unit.probe == (unit.index == 0 and "50" in unit.task) for unit in units)
+    assert all(unit.probe == (unit.index == 0 and "=25" in unit.task) for unit in units)
     assert json.dumps(units[0].methods)
