@@ -98,3 +98,21 @@ def pytest_collection_finish():
 def regen_golden(request) -> bool:
     """Whether to write golden files instead of checking them."""
     return request.config.getoption("--regen-golden")
+
+
+@pytest.fixture(scope="session")
+def text_model_folder(tmp_path_factory) -> Path:
+    """A tiny model with a tokenizer whose tokens are bytes: all of a model but the real weights."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from kvlib.testing.models import tiny_model
+
+    folder = tmp_path_factory.mktemp("model")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    tiny_model(vocab_size=256, eos_token_id=None, bos_token_id=None).save_pretrained(folder)
+    return folder

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-from kvlib.testing.models import tiny_model
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -22,17 +21,9 @@ def run(code: str, folder: Path) -> str:
 
 
 @pytest.fixture
-def model_folder(tmp_path) -> Path:
-    """A tiny model with a byte tokenizer."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "model")
-    tiny_model(vocab_size=256, eos_token_id=None).save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+def model_folder(text_model_folder, tmp_path) -> Path:
+    """A copy: what an example stores goes beside it."""
+    return shutil.copytree(text_model_folder, tmp_path / "model")
 
 
 def made_real(code: str, folder: Path) -> str:

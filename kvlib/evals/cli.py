@@ -126,6 +126,29 @@ class _Progress:
             self._bar.stop()
 
 
+class _Tables:
+    """A table for each cell of the grid, under its title."""
+
+    def __init__(self, *columns: str) -> None:
+        self._columns = columns
+        self._tables: dict[object, tuple[str, Table]] = {}
+
+    def add(self, cell: object, title: str, *values: str) -> None:
+        """A row."""
+        if cell not in self._tables:
+            table = Table()
+            for number, name in enumerate(self._columns):
+                table.add_column(name, justify="right" if number else "left")
+            self._tables[cell] = (title, table)
+        self._tables[cell][1].add_row(*values)
+
+    def print(self) -> None:
+        """All of them, in the order of their first rows."""
+        for title, table in self._tables.values():
+            console.print(title, style="bold", highlight=False)
+            console.print(table)
+
+
 @app.callback(invoke_without_command=True)
 def evaluate(
     context: typer.Context,
@@ -205,26 +228,19 @@ def _report(folder: Path) -> None:
 
     header, records = read_samples(folder)
     rows = write_report(header, records, folder)
-    tables: dict[object, Table] = {}
-    titles: dict[object, str] = {}
+    tables = _Tables("method", "held", "score", "minus full", "KL")
     for row in rows:
         cell = (row.task, row.version, row.length, row.mode, row.stepwise)
-        if cell not in tables:
-            title = f"{cell_name(row)}: {row.questions} questions, {row.contexts} contexts"
-            tables[cell] = table = Table()
-            titles[cell] = title
-            for name in ("method", "held", "score", "minus full", "KL"):
-                table.add_column(name, justify="left" if name == "method" else "right")
-        tables[cell].add_row(
+        tables.add(
+            cell,
+            f"{cell_name(row)}: {row.questions} questions, {row.contexts} contexts",
             short_method(row.method),
             percent(row.held_share),
             with_interval(row.score, row.metric),
             with_interval(row.delta, row.metric, sign=True),
             f"{row.scores['kl']:.3f}" if "kl" in row.scores else "",
         )
-    for key, table in tables.items():
-        console.print(titles[key], style="bold", highlight=False)
-        console.print(table)
+    tables.print()
     console.print(f"{folder / 'report.html'} has the plots, {folder / 'results.json'} all numbers.")
 
 
@@ -266,29 +282,21 @@ def compare(
     if as_json:
         print(json.dumps([asdict(one) for one in found]))  # noqa: T201
         return
-    tables: dict[object, Table] = {}
-    titles: dict[object, str] = {}
+    tables = _Tables("method", "first", "second", "second - first", "p", "second is")
     for one in found:
-        cell = (one.task, one.length, one.mode)
-        if cell not in tables:
-            title = f"{cell_name(one)}: {one.questions} questions, {one.contexts} contexts"
-            tables[cell] = table = Table()
-            titles[cell] = title
-            for name in ("method", "first", "second", "second - first", "p", "second is"):
-                table.add_column(name, justify="left" if name == "method" else "right")
         names = [short_method(one.first), short_method(one.second)]
         low = one.metric in ("kl", "nll")
         scores = [f"{x:.3f}" if low else f"{x:.1%}" for x in (one.first_score, one.second_score)]
-        tables[cell].add_row(
+        tables.add(
+            (one.task, one.length, one.mode),
+            f"{cell_name(one)}: {one.questions} questions, {one.contexts} contexts",
             names[0] if names[0] == names[1] else " -> ".join(names),
             *scores,
             with_interval(one.delta, one.metric, sign=True),
             "" if one.p is None else f"{one.p:.2g}",
             "" if one.verdict == "no difference shown" else one.verdict,
         )
-    for key, table in tables.items():
-        console.print(titles[key], style="bold", highlight=False)
-        console.print(table)
+    tables.print()
     console.print(
         "Differences are per question, intervals over contexts (95 %, bootstrap); p is McNemar's, "
         "corrected for the number of comparisons (Holm). Better and worse are said where the "

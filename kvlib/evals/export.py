@@ -12,7 +12,7 @@ from pathlib import Path
 from kvlib.errors import ConfigError
 from kvlib.evals.models import load_eval_model
 from kvlib.evals.profiles import Cell
-from kvlib.evals.samples import SCHEMA
+from kvlib.evals.samples import SCHEMA, sample_names
 from kvlib.evals.tasks import build_task, make_sample
 
 __all__ = ["export_prompts"]
@@ -39,14 +39,7 @@ def export_prompts(cells: Sequence[Cell], model: str, dtype: str, seed: int, out
             for index in range(cell.contexts):
                 sample = make_sample(task, source, cell.length, seed, index)
                 line = {
-                    "sample": {
-                        "task": cell.task,
-                        "version": task.version,
-                        "length": cell.length,
-                        "seed": seed,
-                        "index": index,
-                        "digest": sample.digest(),
-                    },
+                    "sample": sample_names(task, cell.length, seed, index, sample),
                     "mode": cell.mode,
                     "context": sample.context,
                     "questions": [

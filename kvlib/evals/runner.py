@@ -21,7 +21,7 @@ from typing import Any
 from kvlib.errors import ConfigError
 from kvlib.evals.models import EvalModel, load_eval_model, prepare_eval_model
 from kvlib.evals.profiles import Cell
-from kvlib.evals.samples import Key, SampleFile
+from kvlib.evals.samples import Key, SampleFile, sample_names
 from kvlib.evals.scoring import EvalMethod, Scorer
 from kvlib.evals.tasks import build_task, make_sample
 
@@ -110,14 +110,7 @@ class UnitScorer:
         """Records for the samples file."""
         task = build_task(unit.task)
         sample = make_sample(task, self._source, unit.length, self._options.seed, unit.index)
-        names = {
-            "task": unit.task,
-            "version": task.version,
-            "length": unit.length,
-            "seed": self._options.seed,
-            "index": unit.index,
-            "digest": sample.digest(),
-        }
+        names = sample_names(task, unit.length, self._options.seed, unit.index, sample)
         methods = [EvalMethod.parse(method) for method in unit.methods]
         scored = self._scorer.score(sample, unit.mode, methods, probe=unit.probe)
         for method, found in scored:

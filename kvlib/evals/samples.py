@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvlib.errors import ConfigError
+from kvlib.registry import describe
 
 if TYPE_CHECKING:
     from io import BufferedRandom
 
-__all__ = ["FILE", "SCHEMA", "Key", "SampleFile", "key_of", "read_samples"]
+    from kvlib.evals.tasks import Sample, Task
+
+__all__ = ["FILE", "SCHEMA", "Key", "SampleFile", "key_of", "read_samples", "sample_names"]
 
 SCHEMA = 1
 FILE = "samples.jsonl"
@@ -44,6 +47,20 @@ class Key(NamedTuple):
     def context(self) -> tuple[Any, ...]:
         """The same for all methods that were given the same questions."""
         return tuple(self[:-1])
+
+
+def sample_names(
+    task: "Task", length: int, seed: int, number: int, sample: "Sample"
+) -> dict[str, int | str]:
+    """What names a sample in a line, for `key_of` to read."""
+    return {
+        "task": describe(task),
+        "version": task.version,
+        "length": length,
+        "seed": seed,
+        "index": number,
+        "digest": sample.digest(),
+    }
 
 
 def key_of(record: dict[str, Any]) -> Key:

@@ -11,23 +11,11 @@ from kvlib.demo import run_demo
 from kvlib.demo.prompt import demo_prompt, demo_text
 from kvlib.demo.report import write_report
 from kvlib.errors import ConfigError, KVLibError, UnknownPluginError
-from kvlib.testing.models import tiny_model
 
 
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory) -> Path:
-    """A tiny model with a byte tokenizer: everything of the demo but the real weights."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("model")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    tiny_model(vocab_size=256, eos_token_id=None, bos_token_id=None).save_pretrained(folder)
-    return folder
+def model_folder(text_model_folder) -> Path:
+    return text_model_folder
 
 
 @pytest.fixture(scope="module")
