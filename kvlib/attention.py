@@ -22,7 +22,15 @@ from torch import Tensor
 from kvlib.blocks import SYNTHETIC, LayerKV
 from kvlib.errors import ShapeError
 
-__all__ = ["BLOCK_ELEMENTS", "Attended", "Logits", "attend", "attend_batch", "column_sums"]
+__all__ = [
+    "BLOCK_ELEMENTS",
+    "Attended",
+    "Logits",
+    "attend",
+    "attend_batch",
+    "column_maxima",
+    "column_sums",
+]
 
 BLOCK_ELEMENTS = 1 << 19
 """Probabilities computed at a time: 2 MiB of float32, which stay in a core's cache."""
@@ -138,6 +146,20 @@ def column_sums(query: Tensor, layer: LayerKV, logits: Logits = PLAIN) -> Tensor
     out = query.new_zeros(view.heads, view.group, view.longest, dtype=torch.float32)
     for block in view.blocks():
         out[block.head, :, : block.stop] += block.weights.sum(-2)
+    return out
+
+
+def column_maxima(query: Tensor, layer: LayerKV, logits: Logits = PLAIN) -> Tensor:
+    """The most attention that any of the T queries pays to every entry.
+
+    Returns:
+        float32 [Hkv, G, S], like `column_sums`, which it equals for a single query.
+    """
+    view = _View(query, layer, logits)
+    out = query.new_zeros(view.heads, view.group, view.longest, dtype=torch.float32)
+    for block in view.blocks():
+        mine = out[block.head, :, : block.stop]
+        torch.maximum(mine, block.weights.amax(-2), out=mine)
     return out
 
 

@@ -82,7 +82,8 @@ class KVCache(Copyable, Cache):
             raise ConfigError("defer takes a prompt in one pass, without prefill_chunk_size")
         self._defer = tuple(defer)
         config = model.config.get_text_config(decoder=True)
-        self._decisions = Decisions(policy, [spec.rope for spec in layer_specs(config)])
+        self._ropes = [spec.rope for spec in layer_specs(config)]
+        self._decisions = Decisions(policy, self._ropes)
         made = make_layers(self, config)
         super().__init__(layers=made)
         self._evictable = [layer for layer in made if isinstance(layer, EvictableLayer)]
@@ -97,7 +98,7 @@ class KVCache(Copyable, Cache):
         self._columns = Columns()
         self._deferred = bool(self._defer)
         self._needs = Needs.union([other.needs for other in (self.policy, *self._defer)])
-        self._signals = Signals(self._needs)
+        self._signals = Signals(self._needs, self._ropes)
         self.record_past = False
         self._in_prefill = True
         self._whole_chunk = False  # the newest pass was a piece of the prompt, more may follow

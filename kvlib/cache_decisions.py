@@ -2,7 +2,7 @@
 """How a policy's decisions are asked for and carried out."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -38,7 +38,7 @@ def read_policy(policy: str | Policy, codec: str | None) -> tuple[Policy, str | 
     """The policy object and the codec's method string.
 
     Raises:
-        ConfigError: two codecs, or several policies.
+        ConfigError: two codecs, or parts that do not fit.
         UnknownPluginError: no such policy.
     """
     if not isinstance(policy, str):
@@ -48,9 +48,7 @@ def read_policy(policy: str | Policy, codec: str | None) -> tuple[Policy, str | 
         if codec is not None:
             raise ConfigError(f"two codecs: {method.codec} in the method and codec={codec!r}")
         codec = str(method.codec)
-    if len(method.policies) > 1:
-        raise ConfigError(f"policies do not work together ('+') yet: {policy!r}")
-    return build_policy(method.policies[0] if method.policies else "full"), codec
+    return build_policy(replace(method, codec=None)), codec
 
 
 class Decisions:
@@ -110,8 +108,8 @@ class Decisions:
             if any(mine):
                 self._carry_out(layer, mine, held)
 
-    @staticmethod
     def _view(
+        self,
         layer: EvictableLayer,
         row: int,
         forward: Forward,
@@ -134,8 +132,10 @@ class Decisions:
             num_new=new,
             num_prompt=columns.prompt[row],
             num_seen=columns.seen[row],
-            column_sums=seen.column_sums,
-            window_sums=seen.window_sums,
+            rope=self._ropes[layer.layer_idx],
+            place=layer.place,
+            num_layers=layer.num_layers,
+            **seen._asdict(),
         )
 
     def _carry_out(

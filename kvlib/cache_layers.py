@@ -275,6 +275,8 @@ class EvictableLayer(CacheLayerMixin):
         rows: one for each sequence once something was evicted, else None.
         states: the policy's memory while the layer is whole, one for each sequence.
         pending: new keys and values on their way from `update` to the attention.
+        place: index among the evictable layers.
+        num_layers: how many those are.
     """
 
     is_sliding = False
@@ -285,6 +287,8 @@ class EvictableLayer(CacheLayerMixin):
         super().__init__()  # type: ignore[no-untyped-call]
         self._cache = weakref.proxy(cache)  # no cycle: a dropped cache is freed at once
         self.layer_idx = layer_idx
+        self.place = 0
+        self.num_layers = 1
         self.clear()
 
     def clear(self) -> None:
@@ -397,6 +401,9 @@ def make_layers(cache: Any, config: Any) -> list[Any]:
                 f"{index} of this {config.model_type!r} model is of kind {kinds[index]} "
                 f"({type(layer).__name__})"
             )
+    evictable = [layer for layer in made if isinstance(layer, EvictableLayer)]
+    for place, layer in enumerate(evictable):
+        layer.place, layer.num_layers = place, len(evictable)
     return made
 
 

@@ -13,10 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvlib.attention import Logits, column_sums
+from kvlib.attention import Logits, column_maxima, column_sums
 from kvlib.blocks import LayerKV
 from kvlib.cache_layers import LayerRow
-from kvlib.eviction.base import LayerState, Needs
+from kvlib.eviction.base import LayerState, Needs, QueryMoments
+from kvlib.plans import rotate
+from kvlib.spec import RopeSpec
 
 __all__ = ["MAX_ROLLBACK", "Signals"]
 
@@ -31,54 +33,100 @@ class _Observed:
     Attributes:
         logits: how the layer makes logits.
         sums: column sums of the queries that cannot be taken back.
+        maxima: column maxima of them.
         tail: [Hq, m, D], queries that can.
         window: [Hq, w + m, D], last queries of the prompt, or of a later pass.
         window_sums: the same as sums, where they came with the attention itself.
+        moments: of the prompt's queries that cannot be taken back.
     """
 
     logits: Logits
     sums: Tensor | None = None
+    maxima: Tensor | None = None
     tail: Tensor | None = None
     window: Tensor | None = None
     window_sums: Tensor | None = None
+    moments: "_Moments | None" = None
+
+    def tensors(self) -> list[Tensor]:
+        """All that are held."""
+        every = [self.sums, self.maxima, self.tail, self.window, self.window_sums]
+        if self.moments is not None:
+            every += [self.moments.first, self.moments.second]
+        return [x for x in every if x is not None]
+
+
+class _Moments(NamedTuple):
+    """Sums over queries: how many, float64 [Hq, D] and [Hq, D, D]."""
+
+    num: int
+    first: Tensor
+    second: Tensor
+
+    def plus(self, queries: Tensor) -> "_Moments":
+        """With more queries [Hq, t, D]."""
+        x = queries.double()
+        second = self.second + x.transpose(1, 2) @ x
+        return _Moments(self.num + x.shape[1], self.first + x.sum(1), second)
+
+    def result(self) -> QueryMoments:
+        """Mean and covariance; of no queries at all, zeros."""
+        count = max(self.num, 1)
+        mean = self.first / count
+        covariance = self.second / count - mean[:, :, None] * mean[:, None, :]
+        return QueryMoments(self.num, mean.float(), covariance.float())
 
 
 class Collected(NamedTuple):
     """For a `LayerView`."""
 
-    column_sums: Tensor | None
-    window_sums: Tensor | None
+    column_sums: Tensor | None = None
+    window_sums: Tensor | None = None
+    column_maxima: Tensor | None = None
+    last_queries: Tensor | None = None
+    query_moments: QueryMoments | None = None
 
 
 class Signals:
-    """What a policy asked for, by layer and sequence."""
+    """What a policy asked for, by layer and sequence.
 
-    def __init__(self, needs: Needs) -> None:
+    Args:
+        needs: what is computed.
+        ropes: rotary embedding of each layer of the model.
+    """
+
+    def __init__(self, needs: Needs, ropes: Sequence[RopeSpec | None] = ()) -> None:
         self._needs = needs
+        self._ropes = ropes
         self._held: dict[tuple[int, int], _Observed] = {}
 
     @property
     def nbytes(self) -> int:
         """Bytes held between a pass and its decision, and of the prompt's last queries."""
-        tensors = [
-            x
-            for seen in self._held.values()
-            for x in (seen.sums, seen.tail, seen.window, seen.window_sums)
-        ]
-        return sum(x.numel() * x.element_size() for x in tensors if x is not None)
+        tensors = [x for seen in self._held.values() for x in seen.tensors()]
+        return sum(x.numel() * x.element_size() for x in tensors)
+
+    def _window(self, *, is_step: bool) -> int:
+        needs = self._needs
+        if is_step:
+            return needs.step_query_window
+        return max(needs.query_window, needs.last_queries)
 
     def wants(self, *, is_step: bool) -> bool:
         """Whether queries have to be observed."""
         needs = self._needs
+        if self._window(is_step=is_step):
+            return True
         if is_step:
-            return needs.step_column_sums or needs.step_query_window > 0
-        return needs.prefill_column_sums or needs.query_window > 0
+            return needs.step_column_sums or needs.step_maxima
+        return needs.prefill_column_sums or needs.query_moments is not None
 
     def come_with_attention(self, num: int) -> bool:
         """Whether the column sums of a step of `num` tokens are all that is wanted."""
         needs = self._needs
-        one = num == 1 and needs.step_query_window > 0  # its sums are those of the last queries
-        return one or (needs.step_column_sums and not needs.step_query_window)
+        if num == 1:  # then sums, maxima and those of the last queries are the same
+            return self.wants(is_step=True)
+        return needs.step_column_sums and not (needs.step_query_window or needs.step_maxima)
 
     def put(self, layer_idx: int, sequence: int, sums: Tensor | None) -> None:
         """Take column sums that came with the attention itself."""
@@ -86,6 +134,7 @@ class Signals:
         self._held[layer_idx, sequence] = _Observed(
             Logits(),
             sums=sums if needs.step_column_sums else None,
+            maxima=sums if needs.step_maxima else None,
             window_sums=sums if needs.step_query_window else None,
         )
 
@@ -111,23 +160,44 @@ class Signals:
             is_step: the prompt is complete.
             may_roll_back: the last `MAX_ROLLBACK` tokens may be taken back.
         """
-        needs = self._needs
-        sums_wanted = needs.step_column_sums if is_step else needs.prefill_column_sums
-        window = needs.step_query_window if is_step else needs.query_window
-        if not (sums_wanted or window) or query.shape[1] == 0:
+        if not self.wants(is_step=is_step) or query.shape[1] == 0:
             return
         seen = self._held.setdefault((layer_idx, sequence), _Observed(logits))
         seen.logits = logits
         loose = min(query.shape[1], MAX_ROLLBACK) if may_roll_back else 0
         fixed = query.shape[1] - loose
-        if sums_wanted:
-            seen.tail = query[:, fixed:].clone() if loose else None
-            if fixed:
-                sums = column_sums(query[:, :fixed], _without_last(held(), loose), logits)
-                seen.sums = torch.nn.functional.pad(sums, (0, loose))
-        if window:
+        seen.tail = query[:, fixed:].clone() if loose else None
+        if fixed:
+            layer = held()
+            late = _without_last(layer, loose) if loose else layer
+            self._look(seen, query[:, :fixed], late, is_step=is_step)
+            for name in ("sums", "maxima"):
+                x = getattr(seen, name)
+                setattr(seen, name, None if x is None else torch.nn.functional.pad(x, (0, loose)))
+        if window := self._window(is_step=is_step):
             last = query if seen.window is None else torch.cat([seen.window, query], dim=1)
             seen.window = last[:, -(window + loose) :].clone()
+
+    def _look(self, seen: _Observed, query: Tensor, layer: LayerKV, *, is_step: bool) -> None:
+        """Add what queries, whose tokens are the layer's last, look at."""
+        needs = self._needs
+        if needs.step_column_sums if is_step else needs.prefill_column_sums:
+            sums = column_sums(query, layer, seen.logits)
+            seen.sums = sums if seen.sums is None else seen.sums + sums
+        if is_step and needs.step_maxima:
+            most = column_maxima(query, layer, seen.logits)
+            seen.maxima = most if seen.maxima is None else torch.maximum(seen.maxima, most)
+        if not is_step and needs.query_moments is not None:
+            positions = layer.positions_tensor()[0][-query.shape[1] :]
+            rope = self._ropes[layer.layer_idx]
+            plain = query if rope is None else _unrotated(query, positions, rope)
+            skip = max(needs.query_moments - (max(layer.lengths) - query.shape[1]), 0)
+            heads, _, width = query.shape
+            old = seen.moments
+            if old is None:
+                zeros = torch.zeros(heads, width, width, dtype=torch.float64, device=query.device)
+                old = _Moments(0, zeros[..., 0], zeros)
+            seen.moments = old.plus(plain[:, skip:])
 
     def collect(
         self,
@@ -151,32 +221,45 @@ class Signals:
         """
         seen = self._held.get((layer_idx, sequence))
         if seen is None:
-            return Collected(None, None)
-        sums = None if seen.sums is None else seen.sums[..., : max(held.lengths)]
+            return Collected()
+        longest = max(held.lengths)
+        for name in ("sums", "maxima"):
+            x = getattr(seen, name)
+            setattr(seen, name, None if x is None else x[..., :longest])
         if seen.tail is not None and seen.tail.shape[1] > removed:
-            late = column_sums(seen.tail[:, : seen.tail.shape[1] - removed], held, seen.logits)
-            sums = late if sums is None else sums + late
-        window = seen.window_sums
-        seen.sums = seen.tail = None
-        if seen.window is not None:
-            needs = self._needs
+            late = seen.tail[:, : seen.tail.shape[1] - removed]
+            self._look(seen, late, held, is_step=is_step)
+        sums, maxima = seen.sums, seen.maxima
+        seen.sums = seen.maxima = seen.tail = None
+        if in_prompt:
+            if seen.window is not None:
+                left = seen.window[:, : seen.window.shape[1] - removed]
+                seen.window = left[:, -self._window(is_step=is_step) :]
+            return Collected(sums)
+        del self._held[layer_idx, sequence]
+        window, last = seen.window_sums, None
+        if seen.window is not None and seen.window.shape[1] > removed:
             left = seen.window[:, : seen.window.shape[1] - removed]
-            seen.window = left[:, -(needs.step_query_window if is_step else needs.query_window) :]
-            if not in_prompt and seen.window.shape[1]:
-                window = column_sums(seen.window, held, seen.logits)
-        if not in_prompt:
-            del self._held[layer_idx, sequence]
-        return Collected(sums, window)
+            needs = self._needs
+            voting = needs.step_query_window if is_step else needs.query_window
+            if voting:
+                window = column_sums(left[:, -voting:], held, seen.logits)
+            if needs.last_queries and not is_step:
+                last = left[:, -needs.last_queries :]
+        moments = None if seen.moments is None else seen.moments.result()
+        return Collected(sums, window, maxima, last, moments)
 
     def fork(self, needs: Needs | None = None) -> "Signals":
         """A copy, perhaps for fewer needs; its tensors are shared: none is ever written to."""
-        twin = Signals(needs or self._needs)
+        twin = Signals(needs or self._needs, self._ropes)
         twin._held = {key: replace(seen) for key, seen in self._held.items()}
         for seen in twin._held.values():
             if not twin._needs.prefill_column_sums:
                 seen.sums = None
-            if not twin._needs.query_window:
+            if not twin._window(is_step=False):
                 seen.window = None
+            if twin._needs.query_moments is None:
+                seen.moments = None
         return twin
 
     def take(self, order: Sequence[int]) -> None:
@@ -197,3 +280,10 @@ def _without_last(layer: LayerKV, num: int) -> LayerKV:
     row = LayerRow(layer, LayerState())
     row.truncate(num)
     return row.layer
+
+
+def _unrotated(query: Tensor, positions: Tensor, rope: RopeSpec) -> Tensor:
+    """Queries [Hq, t, D] turned back by their positions, int32 [t]; an attention factor stays."""
+    shifts = -positions.to(query.device).repeat(len(query))
+    plain = rotate(query.float().flatten(0, 1), shifts, rope)
+    return plain.view(*query.shape)

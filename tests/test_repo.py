@@ -231,7 +231,7 @@ def test_modules_stay_short(path):
 # Direction of imports
 
 FLOORS = (
-    {"blocks", "budget", "errors", "keys", "plans", "registry", "snapshots", "spec"},
+    {"artefacts", "blocks", "budget", "errors", "keys", "plans", "registry", "snapshots", "spec"},
     {"attention", "codecs", "eviction", "kernels", "store"},
     {
         "cache",
@@ -245,7 +245,7 @@ FLOORS = (
         "prefix",
         "tiered",
     },
-    {"cli", "connectors", "demo", "evals", "kvlib", "pages", "smollm2", "testing"},
+    {"calibration", "cli", "connectors", "demo", "evals", "kvlib", "pages", "smollm2", "testing"},
 )
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 DECISIONS = {

@@ -5,11 +5,36 @@ A policy looks at `LayerView`s and answers with plans (`kvlib.plans`); it never 
 the cache. `kvlib.KVCache` shows it the views and carries its plans out.
 """
 
-from kvlib.errors import ConfigError
-from kvlib.eviction.base import LayerState, LayerView, Needs, Plans, Policy
-from kvlib.registry import MethodCall, Registry, parse_method
+from typing import Any
 
-__all__ = ["POLICIES", "LayerState", "LayerView", "Needs", "Plans", "Policy", "build_policy"]
+from kvlib.errors import ConfigError, UnknownPluginError
+from kvlib.eviction.base import (
+    About,
+    LayerState,
+    LayerView,
+    Needs,
+    Plans,
+    Policy,
+    ProbeView,
+    QueryMoments,
+    Resources,
+)
+from kvlib.registry import Method, MethodCall, Registry, parse_method, suggest
+
+__all__ = [
+    "ALLOCATORS",
+    "POLICIES",
+    "About",
+    "LayerState",
+    "LayerView",
+    "Needs",
+    "Plans",
+    "Policy",
+    "ProbeView",
+    "QueryMoments",
+    "Resources",
+    "build_policy",
+]
 
 POLICIES: Registry[Policy] = Registry(
     "policies",
@@ -24,20 +49,66 @@ POLICIES: Registry[Policy] = Registry(
     },
 )
 
+ALLOCATORS: Registry[Any] = Registry(
+    "allocators",
+    {
+        "adakv": "kvlib.eviction.adakv:AdaKV",
+        "joint": "kvlib.eviction.joint:Joint",
+        "pyramid": "kvlib.eviction.pyramid:Pyramid",
+    },
+)
+"""What shares a budget between heads and layers. Alone in a method, one works with SnapKV."""
 
-def build_policy(method: str | MethodCall) -> Policy:
-    """The policy that a method string (``name:key=value,...``) describes.
+_PROTECT = "protect"
+
+
+def build_policy(method: str | MethodCall | Method) -> Policy:
+    """The policy that a method string describes: ``name:key=value,...``, joined by ``+``.
 
     Raises:
-        ConfigError: the text is malformed, has several policies or a codec, or a value is refused.
+        ConfigError: the text is malformed, has a codec, parts do not fit, or a value is refused.
         UnknownPluginError: unknown name.
     """
     if isinstance(method, str):
-        parsed = parse_method(method)
-        if parsed.codec is not None or len(parsed.policies) != 1:
-            raise ConfigError(
-                f"expected one policy, got {method!r}; policies that work together ('+') are not "
-                "there yet, and a codec ('|') is given where bytes are stored"
-            )
-        method = parsed.policies[0]
-    return POLICIES.build(method)
+        method = parse_method(method)
+    if isinstance(method, MethodCall):
+        method = Method((method,))
+    if method.codec is not None:
+        raise ConfigError(
+            f"expected policies, got {str(method)!r}; a codec ('|') is given where bytes are stored"
+        )
+    calls = list(method.policies) or [MethodCall("full")]
+    if len(calls) == 1 and calls[0].name in POLICIES.names():
+        return POLICIES.build(calls[0])
+    if calls[0].name in ALLOCATORS.names():
+        calls[:1] = _with_scorer(calls[0])
+    from kvlib.eviction.compose import compose
+
+    return compose([_build_part(call) for call in calls])
+
+
+def _build_part(call: MethodCall) -> Any:
+    if call.name == _PROTECT:
+        from kvlib.eviction.scored import Protect
+
+        table: Registry[Any] = Registry("protectors", {_PROTECT: f"{Protect.__module__}:Protect"})
+        return table.build(call)
+    if call.name in ALLOCATORS.names():
+        return ALLOCATORS.build(call)
+    if call.name not in POLICIES.names():
+        known = [*POLICIES.names(), *ALLOCATORS.names(), _PROTECT]
+        raise UnknownPluginError(
+            f"no policy is named {call.name!r:.80}.{suggest(call.name, known)}"
+        )
+    return POLICIES.build(call)
+
+
+def _with_scorer(call: MethodCall) -> list[MethodCall]:
+    """An allocator that begins a method works with SnapKV; parameters go where they belong."""
+    from kvlib.eviction.compose import own_params
+
+    mine = own_params(ALLOCATORS.get(call.name))
+    theirs = own_params(POLICIES.get("snapkv"))
+    scorer = tuple((k, v) for k, v in call.params if k in theirs and k not in mine)
+    rest = tuple((k, v) for k, v in call.params if (k, v) not in scorer)
+    return [MethodCall("snapkv", scorer), MethodCall(call.name, rest)]

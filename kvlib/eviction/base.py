@@ -1,29 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a policy declares, sees, remembers and answers."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar, Protocol, TypeAlias, runtime_checkable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-import torch
 from torch import Tensor
 
+from kvlib.attention import Logits
 from kvlib.blocks import LayerKV
-from kvlib.budget import round_budget
 from kvlib.errors import ConfigError
-from kvlib.plans import KeepTokens, Plan
+from kvlib.plans import Plan
+from kvlib.spec import RopeSpec
 
 __all__ = [
+    "About",
     "LayerState",
     "LayerView",
     "Needs",
     "Plans",
     "Policy",
-    "check_budget",
-    "keep_highest",
-    "keep_rows",
-    "keeps_all",
-    "tokens_to_keep",
+    "ProbeView",
+    "QueryMoments",
+    "Resources",
 ]
 
 Plans: TypeAlias = Sequence[Plan]
@@ -40,36 +39,101 @@ class Needs:
         query_window: attention received from this many last queries of the prompt.
         step_query_window: the same from the last queries of every later forward, which may have
             one token or many.
+        step_maxima: the most attention that any single query of a later forward pays to an entry.
+        last_queries: this many last queries of the prompt themselves.
+        query_moments: mean and covariance of the prompt's queries as they were before the rotary
+            embedding, without those of this many first tokens; None for none.
+        probe: extra passes over the complete prompt, see `Policy.probes`.
         whole_model: whether plans depend on all layers together. If not, a layer is evicted as soon
             as its own attention is done, before the next layer fills up.
         steps: whether `on_step` is to be called at all; a policy that decides at the end of the
             prompt and then keeps everything says no, and costs nothing afterwards.
+        step_keys: whether `on_step` reads whole keys: then no other policy may prune channels.
+        prefill_plans: whether `on_prefill_chunk` returns plans, and a prompt that comes in pieces
+            is evicted between them.
     """
 
     prefill_column_sums: bool = False
     step_column_sums: bool = False
     query_window: int = 0
     step_query_window: int = 0
+    step_maxima: bool = False
+    last_queries: int = 0
+    query_moments: int | None = None
+    probe: bool = False
     whole_model: bool = False
     steps: bool = True
+    step_keys: bool = False
+    prefill_plans: bool = False
 
     @classmethod
     def union(cls, every: Sequence["Needs"]) -> "Needs":
-        """What all of them need together."""
-        return cls(
-            prefill_column_sums=any(needs.prefill_column_sums for needs in every),
-            step_column_sums=any(needs.step_column_sums for needs in every),
-            query_window=max(needs.query_window for needs in every),
-            step_query_window=max(needs.step_query_window for needs in every),
-            whole_model=any(needs.whole_model for needs in every),
-            steps=any(needs.steps for needs in every),
-        )
+        """What all of them need together; a flag is set if one sets it, numbers are the largest."""
+        merged: dict[str, Any] = {}
+        for f in fields(cls):
+            values = [v for needs in every if (v := getattr(needs, f.name)) is not None]
+            if f.type == "bool" or f.type is bool:
+                merged[f.name] = any(values)
+            else:
+                merged[f.name] = max(values, default=f.default)
+        moments = {n.query_moments for n in every if n.query_moments is not None}
+        if len(moments) > 1:
+            raise ConfigError(
+                f"query moments without the first {sorted(moments)} tokens cannot be had together"
+            )
+        return cls(**merged)
 
     @property
     def any_signal(self) -> bool:
         """Whether anything has to be computed for the policy."""
-        sums = self.prefill_column_sums or self.step_column_sums
-        return sums or self.query_window > 0 or self.step_query_window > 0
+        return any(
+            (
+                self.prefill_column_sums,
+                self.step_column_sums,
+                self.step_maxima,
+                self.probe,
+                self.query_window > 0,
+                self.step_query_window > 0,
+                self.last_queries > 0,
+                self.query_moments is not None,
+            )
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class QueryMoments:
+    """Mean and covariance of queries before the rotary embedding, over the tokens of a prompt.
+
+    A factor that the embedding multiplies queries by (yarn) is in them.
+
+    Attributes:
+        count: queries that were averaged over.
+        mean: float32 [Hq, D].
+        covariance: float32 [Hq, D, D], divided by `count`.
+    """
+
+    count: int
+    mean: Tensor
+    covariance: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What `docs/policies.md` says of a policy besides its parameters and needs; plain text.
+
+    Attributes:
+        idea: in three sentences.
+        when: when it decides.
+        cost: of time and memory, beyond attention over what is held.
+        paper: authors' title, arXiv number, and the code that was read, if any.
+        differs: where it departs from the paper or its official code, and why.
+    """
+
+    idea: str
+    when: str
+    cost: str
+    paper: str
+    differs: str
 
 
 @dataclass(slots=True)
@@ -115,6 +179,14 @@ class LayerView:
         window_sums: float32 [Hkv, G, S], attention received from the last `query_window` queries of
             the prompt (fewer if it is shorter) at the end of the prefill, and from the last
             `step_query_window` queries of a later forward; None otherwise.
+        column_maxima: float32 [Hkv, G, S], the most attention that any query of a later forward
+            paid; None if not asked for.
+        last_queries: [Hq, w, D], the last queries of the prompt, after the rotary embedding, at the
+            end of the prefill.
+        query_moments: at the end of the prefill.
+        rope: rotary embedding of the layer, None if it has none.
+        place: index among the layers that policies see.
+        num_layers: how many those are.
     """
 
     layer: LayerKV
@@ -124,6 +196,52 @@ class LayerView:
     num_seen: int
     column_sums: Tensor | None = None
     window_sums: Tensor | None = None
+    column_maxima: Tensor | None = None
+    last_queries: Tensor | None = None
+    query_moments: QueryMoments | None = None
+    rope: RopeSpec | None = None
+    place: int = 0
+    num_layers: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resources:
+    """What a policy may use besides the prompt's own pass. The cache's user gives it.
+
+    Attributes:
+        model: the model that the cache is for.
+        tokenizer: its tokenizer, or None.
+        draft: a second, smaller model with the same token ids, or None.
+        identity: gives what artefacts of this model are named by (`kvlib.artefacts`).
+    """
+
+    model: Any = None
+    tokenizer: Any = None
+    draft: Any = None
+    identity: Callable[[], str] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeView:
+    """One layer of one sequence in an extra pass (`Policy.probes`), whose entries are not kept.
+
+    Attributes:
+        layer: what the cache holds, without the probe's own entries.
+        state: the policy's own; results go here.
+        index: which of the probes runs.
+        query: [Hq, n, D] of the probe's tokens, after the rotary embedding.
+        keys: [Hkv, n, D] of the probe's own tokens.
+        logits: how the layer makes logits.
+        num_prompt: tokens of the prompt.
+    """
+
+    layer: LayerKV
+    state: LayerState
+    index: int
+    query: Tensor
+    keys: Tensor
+    logits: Logits
+    num_prompt: int
 
 
 @runtime_checkable
@@ -133,73 +251,59 @@ class Policy(Protocol):
     `version` grows when what is remembered changes its meaning: older snapshots are then refused.
 
     A policy object holds no state and serves any number of sequences. Calls for one layer, in
-    order: `on_prefill_chunk` for every forward of the prompt, `on_prefill_end` once after the last
-    of them, then `on_step` after every later forward, of one token or of many.
+    order: `on_prefill_chunk` for every forward of the prompt, then the probes if it asks for them,
+    `on_prefill_end` once, then `on_step` after every later forward, of one token or of many.
     """
 
-    name: ClassVar[str]
-    version: ClassVar[int]
-    status: ClassVar[str]
+    @property
+    def name(self) -> str:
+        """As it is registered; in one policy's class, a ClassVar, as are the next two."""
+
+    @property
+    def version(self) -> int:
+        """See above."""
+
+    @property
+    def status(self) -> str:
+        """`stable` or `experimental`."""
+
+    @property
+    def about(self) -> About:
+        """For the documentation; a ClassVar too."""
 
     @property
     def needs(self) -> Needs:
         """Signals asked for."""
 
-    def on_prefill_chunk(self, view: LayerView) -> None:
-        """Take note of a forward of the prompt in `view.state`."""
+    def check(self, resources: Resources) -> None:
+        """Refuse a model, or the lack of something, before anything is run.
+
+        Raises:
+            ConfigError: naming the remedy.
+        """
+
+    def on_prefill_chunk(self, view: LayerView) -> Plans:
+        """Take note of a forward of the prompt in `view.state`.
+
+        Plans are carried out if `needs.prefill_plans` and more of the prompt follows.
+        """
+
+    def probes(self, prompt: Tensor, resources: Resources) -> Sequence[Tensor]:
+        """Token ids, int64 [n] each, of the extra passes to run over the complete prompt.
+
+        Each runs by itself after the prompt, sees all that the cache holds, and leaves no entry
+        behind. Asked for only if `needs.probe`.
+
+        Args:
+            prompt: int64 [num_prompt], the token ids of one sequence.
+            resources: what the cache was given.
+        """
+
+    def on_probe(self, view: ProbeView) -> None:
+        """Take note of an extra pass in `view.state`."""
 
     def on_prefill_end(self, views: Sequence[LayerView]) -> Sequence[Plans]:
         """Plans for each view: all layers if `needs.whole_model`, else one layer at a time."""
 
     def on_step(self, views: Sequence[LayerView]) -> Sequence[Plans]:
         """Plans after a later forward, as in `on_prefill_end`."""
-
-
-def tokens_to_keep(view: LayerView, budget: float | int) -> int | None:
-    """Entries per head that a budget means for this sequence; None for all of them.
-
-    A fraction is one of the prompt, fixed when the prompt ends. The fraction 1 keeps everything,
-    later tokens too.
-    """
-    if keeps_all(budget) or view.num_prompt == 0:  # a prompt that was all padding has no fraction
-        return None
-    if isinstance(budget, int):
-        return budget
-    held = view.state.values.get("budget")
-    if held is None:
-        held = torch.tensor(round_budget(budget, view.num_prompt))
-        view.state.values["budget"] = held
-    return int(held)
-
-
-def keeps_all(budget: float | int) -> bool:
-    """Whether the budget is the fraction 1: nothing is ever evicted."""
-    return isinstance(budget, float) and budget == 1.0
-
-
-def check_budget(name: str, budget: float | int) -> None:
-    """Refuse a budget that means no number of tokens.
-
-    Raises:
-        ConfigError: naming the policy.
-    """
-    try:
-        round_budget(budget, 1)
-    except ConfigError as exc:
-        raise ConfigError(f"{name}: {exc}") from exc
-    if budget == 0:
-        raise ConfigError(f"{name}: a budget of 0 tokens leaves nothing to attend to")
-
-
-def keep_highest(scores: Tensor, num: int) -> Tensor:
-    """Indices [Hkv, num] of the highest scores [Hkv, S] of each head, ascending.
-
-    Of equal scores the lower index is kept.
-    """
-    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
-    return order[:, :num].sort(dim=-1).values
-
-
-def keep_rows(indices: Tensor) -> Plans:
-    """The plan that keeps the same number of entries [Hkv, n] in every head."""
-    return (KeepTokens(tuple(indices.unbind(0))),)

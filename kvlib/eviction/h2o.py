@@ -13,31 +13,22 @@ so the method is defined.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from kvlib.errors import ConfigError
-from kvlib.eviction.base import (
-    LayerView,
-    Needs,
-    Plans,
-    check_budget,
-    keep_highest,
-    keep_rows,
-    keeps_all,
-    tokens_to_keep,
-)
+from kvlib.eviction.base import About, LayerView, Needs
+from kvlib.eviction.scored import Protect, ScoredPolicy
+from kvlib.eviction.select import check_budget, keeps_all, reduce_group
 
 __all__ = ["H2O"]
 
 
 @dataclass(frozen=True, slots=True)
-class H2O:
+class H2O(ScoredPolicy):
     """Accumulated attention.
 
     Args:
@@ -51,6 +42,26 @@ class H2O:
     name: ClassVar[str] = "h2o"
     version: ClassVar[int] = 1
     status: ClassVar[str] = "stable"
+    about: ClassVar[About] = About(
+        idea=(
+            "A few heavy hitters receive most of the attention. Every entry's score is the "
+            "attention it has received so far, summed over queries. The budget is shared "
+            "between the highest scores and the most recent entries, and each new token "
+            "pushes out the lowest."
+        ),
+        when="at the end of the prompt and in every step",
+        cost="column sums: one more Q K^T over the prompt; 4 bytes an entry and KV head",
+        paper=(
+            "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of LLMs, arXiv "
+            "2306.14048; FMInference/H2O"
+        ),
+        differs=(
+            "Scores of a KV head are summed over its query heads (the paper has no groups). "
+            "The prompt is evicted once at its end, as in the code that really drops entries; "
+            "the released evaluation script masks with sums over future queries, which is not "
+            "the definition."
+        ),
+    )
 
     def __post_init__(self) -> None:
         """Check the parameters."""
@@ -64,43 +75,19 @@ class H2O:
         wanted = not keeps_all(self.budget)
         return Needs(prefill_column_sums=wanted, step_column_sums=wanted)
 
-    def on_prefill_chunk(self, view: LayerView) -> None:
-        """Add what the chunk's queries looked at."""
-        self._accumulate(view)
+    def protected(self, budget: int) -> Protect:
+        """The most recent entries."""
+        recent = math.ceil(Fraction(str(self.recent)) * budget)  # the decimal as it is written
+        return Protect(window=recent)
 
-    def on_prefill_end(self, views: Sequence[LayerView]) -> Sequence[Plans]:
-        """Down to the budget in one go."""
-        return [self._plan(view) for view in views]
-
-    def on_step(self, views: Sequence[LayerView]) -> Sequence[Plans]:
-        """Add what the step's queries looked at; drop what exceeds the budget."""
-        for view in views:
-            self._accumulate(view)
-        return [self._plan(view) for view in views]
-
-    def _accumulate(self, view: LayerView) -> None:
+    def observe(self, view: LayerView) -> None:
+        """Add what the pass's queries looked at."""
         if view.column_sums is None:
             return
-        received = view.column_sums.sum(1)
+        received = reduce_group(view.column_sums, "sum")
         scores = view.state.entries.get("scores")
         view.state.entries["scores"] = received if scores is None else scores + received
 
-    def _plan(self, view: LayerView) -> Plans:
-        budget = tokens_to_keep(view, self.budget)
-        held = view.layer.lengths[0]
-        if budget is None or held <= budget:
-            return ()
-        recent = math.ceil(Fraction(str(self.recent)) * budget)  # the decimal as it is written
-        candidates = view.state.entries["scores"][:, : held - recent]
-        heavy = self._heavy(candidates, budget - recent)
-        last = torch.arange(held - recent, held, device=heavy.device)
-        return keep_rows(torch.cat([heavy, last.expand(len(heavy), -1)], dim=1))
-
-    def _heavy(self, scores: Tensor, num: int) -> Tensor:
-        """Indices [Hkv, num] of the heaviest; of equal ones the earlier stays."""
-        held = scores.shape[1]
-        if num != held - 1:
-            return keep_highest(scores, num)
-        drop = held - 1 - scores.flip(1).argmin(1, keepdim=True)  # the last of the lowest
-        index = torch.arange(num, device=scores.device).expand(len(scores), -1)
-        return index + (index >= drop)
+    def scores(self, view: LayerView) -> Tensor:
+        """Attention received so far."""
+        return view.state.entries["scores"]

@@ -10,29 +10,23 @@ The paper bounds the prompt's memory too, by evicting after each block of it; he
 evicted once at its end, as in NVIDIA kvpress. Keys are scored as cached, rotary embedding included.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from kvlib.errors import ConfigError
-from kvlib.eviction.base import (
-    LayerView,
-    Needs,
-    Plans,
-    check_budget,
-    keep_highest,
-    keep_rows,
-    tokens_to_keep,
-)
+from kvlib.eviction.base import About, LayerView, Needs
+from kvlib.eviction.scored import Protect, ScoredPolicy
+from kvlib.eviction.select import check_budget, keeps_all
 
 __all__ = ["KeyDiff"]
 
 
 @dataclass(frozen=True, slots=True)
-class KeyDiff:
+class KeyDiff(ScoredPolicy):
     """Distance from the mean key.
 
     Args:
@@ -45,6 +39,22 @@ class KeyDiff:
     name: ClassVar[str] = "keydiff"
     version: ClassVar[int] = 1
     status: ClassVar[str] = "stable"
+    about: ClassVar[About] = About(
+        idea=(
+            "Keys that resemble the others carry little. In each head the most typical keys, "
+            "by cosine with the mean of all unit keys, go first. No query is looked at."
+        ),
+        when="at the end of the prompt and in every step",
+        cost="one pass over the held keys in each step; no state",
+        paper=(
+            "KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM Inference "
+            "in Resource-Constrained Environments, arXiv 2504.15364"
+        ),
+        differs=(
+            "The paper evicts after each block of the prompt, here once at its end, as in "
+            "NVIDIA kvpress."
+        ),
+    )
 
     def __post_init__(self) -> None:
         """Check the parameters."""
@@ -55,32 +65,22 @@ class KeyDiff:
     @property
     def needs(self) -> Needs:
         """Nothing besides the keys."""
-        return Needs()
+        return Needs(step_keys=not keeps_all(self.budget))
 
-    def on_prefill_chunk(self, view: LayerView) -> None:
-        """Nothing to note."""
+    def protected(self, budget: int) -> Protect:
+        """The last entries."""
+        return Protect(window=self.window)
 
-    def on_prefill_end(self, views: Sequence[LayerView]) -> Sequence[Plans]:
-        """The prompt down to the budget."""
-        return [self._plan(view) for view in views]
-
-    def on_step(self, views: Sequence[LayerView]) -> Sequence[Plans]:
-        """As many as came go again, if the budget is full."""
-        return [self._plan(view) for view in views]
-
-    def _plan(self, view: LayerView) -> Plans:
-        budget = tokens_to_keep(view, self.budget)
-        held = view.layer.lengths[0]
-        if budget is None or held <= budget:
-            return ()
-        scores = self.scores(view.layer.keys)
-        if self.window:
-            scores[:, -min(self.window, budget) :] = 2  # above every cosine
-        return keep_rows(keep_highest(scores, budget))
+    def scores(self, view: LayerView) -> Tensor:
+        """Minus the cosine of each key with its head's anchor."""
+        if view.layer.is_dense:
+            return self.of_keys(view.layer.keys)
+        rows = [self.of_keys(row.keys[None])[0] for row in view.layer.rows()]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
     @staticmethod
-    def scores(keys: Tensor) -> Tensor:
-        """Minus the cosine of each key [Hkv, S, D] with its head's anchor: float32 [Hkv, S]."""
+    def of_keys(keys: Tensor) -> Tensor:
+        """Scores [Hkv, S] of keys [Hkv, S, D]."""
         unit = normalize(keys.float(), dim=-1)
         anchor = normalize(unit.mean(1, keepdim=True), dim=-1)
         return -(unit * anchor).sum(-1)

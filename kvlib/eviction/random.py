@@ -7,28 +7,22 @@ seed, the layer, the head and the number of tokens alone, so a run can be repeat
 keeps the same in any batch. A task whose evidence is one token scores the fraction kept.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from kvlib.errors import ConfigError
-from kvlib.eviction.base import (
-    LayerView,
-    Needs,
-    Plans,
-    check_budget,
-    keep_highest,
-    keep_rows,
-    tokens_to_keep,
-)
+from kvlib.eviction.base import About, LayerView, Needs
+from kvlib.eviction.scored import Protect, ScoredPolicy
+from kvlib.eviction.select import check_budget
 
 __all__ = ["Random"]
 
 
 @dataclass(frozen=True, slots=True)
-class Random:
+class Random(ScoredPolicy):
     """Tokens drawn at random, once.
 
     Args:
@@ -47,6 +41,16 @@ class Random:
     name: ClassVar[str] = "random"
     version: ClassVar[int] = 1
     status: ClassVar[str] = "stable"
+    about: ClassVar[About] = About(
+        idea=(
+            "Tokens are drawn at random, beside sinks and window. It is the baseline that a "
+            "policy has to beat. A task whose evidence is one token scores the fraction kept."
+        ),
+        when="once, at the end of the prompt",
+        cost="none",
+        paper="none",
+        differs="nothing to differ from",
+    )
 
     def __post_init__(self) -> None:
         """Check the parameters."""
@@ -62,29 +66,13 @@ class Random:
         """Nothing."""
         return Needs(steps=False)
 
-    def on_prefill_chunk(self, view: LayerView) -> None:
-        """Nothing to note."""
+    def protected(self, budget: int) -> Protect:
+        """Sinks and window."""
+        return Protect(sinks=self.sinks, window=self.window)
 
-    def on_prefill_end(self, views: Sequence[LayerView]) -> Sequence[Plans]:
-        """Sinks, window and a draw from the rest."""
-        return [self._plan(view) for view in views]
-
-    def on_step(self, views: Sequence[LayerView]) -> Sequence[Plans]:
-        """No plans: later tokens stay."""
-        return [() for _ in views]
-
-    def _plan(self, view: LayerView) -> Plans:
-        budget = tokens_to_keep(view, self.budget)
-        held = view.layer.lengths[0]
-        if budget is None or held <= budget:
-            return ()
+    def scores(self, view: LayerView) -> Tensor:
+        """A draw for every entry; in float64, no two are equal."""
         generator = torch.Generator().manual_seed(self.seed << 20 | view.layer.layer_idx)
-        # float64: no two tokens draw the same number.
-        scores = torch.rand(
-            (view.layer.num_kv_heads, held), generator=generator, dtype=torch.float64
-        )
-        if self.window:
-            last = scores[:, -self.window :]
-            last[:] = torch.linspace(2, 3, last.shape[1])  # too many of them: the newest stay
-        scores[:, : self.sinks] = 4
-        return keep_rows(keep_highest(scores, budget).to(view.layer.keys.device))
+        shape = (view.layer.num_kv_heads, max(view.layer.lengths))
+        draws = torch.rand(shape, generator=generator, dtype=torch.float64)
+        return draws.to(view.layer.keys.device)

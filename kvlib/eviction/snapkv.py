@@ -10,7 +10,6 @@ The paper decides per query head. Here a KV head decides once, for the queries t
 scores are averaged over the group (`group=mean`) or the highest counts (`group=max`).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,22 +17,15 @@ import torch
 from torch import Tensor
 
 from kvlib.errors import ConfigError
-from kvlib.eviction.base import (
-    LayerView,
-    Needs,
-    Plans,
-    check_budget,
-    keep_highest,
-    keep_rows,
-    keeps_all,
-    tokens_to_keep,
-)
+from kvlib.eviction.base import About, LayerView, Needs
+from kvlib.eviction.scored import Protect, ScoredPolicy
+from kvlib.eviction.select import check_budget, check_group, keeps_all, reduce_group
 
 __all__ = ["SnapKV"]
 
 
 @dataclass(frozen=True, slots=True)
-class SnapKV:
+class SnapKV(ScoredPolicy):
     """Observation window, pooling, top-k.
 
     Args:
@@ -42,7 +34,7 @@ class SnapKV:
         window: last queries of the prompt that vote; their tokens always stay.
         kernel: positions pooled, odd; 1 for none.
         pool: avg or max.
-        group: how the query heads of a KV head are reduced: mean or max.
+        group: how the query heads of a KV head are reduced: mean, max or sum.
     """
 
     budget: float | int = 0.5
@@ -53,6 +45,23 @@ class SnapKV:
     name: ClassVar[str] = "snapkv"
     version: ClassVar[int] = 1
     status: ClassVar[str] = "stable"
+    about: ClassVar[About] = About(
+        idea=(
+            "The end of a prompt shows what the answer will look at. The attention of the "
+            "last queries is summed, pooled over neighbouring positions, and the highest "
+            "stay, with the window itself. Later tokens are all kept."
+        ),
+        when="once, at the end of the prompt",
+        cost="one more Q K^T for the window; no state",
+        paper=(
+            "SnapKV: LLM Knows What You are Looking for Before Generation, arXiv 2404.14469; "
+            "FasterDecoding/SnapKV"
+        ),
+        differs=(
+            "Decides once for each KV head (the code repeats keys and decides for each query "
+            "head, which holds G times the memory)."
+        ),
+    )
 
     def __post_init__(self) -> None:
         """Check the parameters."""
@@ -63,8 +72,7 @@ class SnapKV:
             raise ConfigError(f"snapkv: kernel must be odd, got {self.kernel}")
         if self.pool not in ("avg", "max"):
             raise ConfigError(f"snapkv: pool is avg or max, got {self.pool!r}")
-        if self.group not in ("mean", "max"):
-            raise ConfigError(f"snapkv: group is mean or max, got {self.group!r}")
+        check_group(self.name, self.group)
 
     @property
     def needs(self) -> Needs:
@@ -72,39 +80,22 @@ class SnapKV:
         window = 0 if keeps_all(self.budget) else self.window
         return Needs(query_window=window, steps=False)
 
-    def on_prefill_chunk(self, view: LayerView) -> None:
-        """Nothing to note."""
+    def protected(self, budget: int) -> Protect:
+        """The window's own tokens."""
+        return Protect(window=self.window)
 
-    def on_prefill_end(self, views: Sequence[LayerView]) -> Sequence[Plans]:
-        """The window and the tokens it looks at most."""
-        return [self._plan(view) for view in views]
-
-    def on_step(self, views: Sequence[LayerView]) -> Sequence[Plans]:
-        """No plans: later tokens stay."""
-        return [() for _ in views]
-
-    def _plan(self, view: LayerView) -> Plans:
-        budget = tokens_to_keep(view, self.budget)
-        held = view.layer.lengths[0]
-        if budget is None or held <= budget:
-            return ()
-        window = min(self.window, budget)
-        scores = torch.full((view.layer.num_kv_heads, held), torch.inf)
-        scores = scores.to(view.layer.keys.device)  # infinite: the window's own tokens
-        if window < held:
-            scores[:, : held - window] = self.scores(view, held - window)
-        return keep_rows(keep_highest(scores, budget))
-
-    def scores(self, view: LayerView, num: int) -> Tensor:
-        """Pooled scores [Hkv, num] of the first `num` entries."""
+    def scores(self, view: LayerView) -> Tensor:
+        """Pooled votes [Hkv, S]; entries of the window have none."""
         if view.window_sums is None:
             raise ConfigError("snapkv needs the attention of the last queries, and did not get it")
-        votes = view.window_sums[..., :num]
+        held = view.window_sums.shape[-1]
+        votes = view.window_sums[..., : max(held - self.window, 0)]
         pad = self.kernel // 2
-        if self.kernel == 1:
+        if self.kernel == 1 or not votes.shape[-1]:
             pooled = votes
         elif self.pool == "avg":  # zeros beyond both ends, divided by the whole kernel
             pooled = torch.nn.functional.avg_pool1d(votes, self.kernel, 1, pad)
         else:
             pooled = torch.nn.functional.max_pool1d(votes, self.kernel, 1, pad)
-        return pooled.mean(1) if self.group == "mean" else pooled.amax(1)
+        scores = reduce_group(pooled, self.group)
+        return torch.nn.functional.pad(scores, (0, held - scores.shape[-1]))

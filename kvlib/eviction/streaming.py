@@ -9,27 +9,22 @@ RoPE logits depend on differences only, that changes nothing within the window a
 next to it.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from kvlib.errors import ConfigError
-from kvlib.eviction.base import (
-    LayerView,
-    Needs,
-    Plans,
-    check_budget,
-    keep_rows,
-    tokens_to_keep,
-)
+from kvlib.eviction.base import About, LayerView, Needs
+from kvlib.eviction.scored import Protect, ScoredPolicy
+from kvlib.eviction.select import check_budget
 
 __all__ = ["Streaming"]
 
 
 @dataclass(frozen=True, slots=True)
-class Streaming:
+class Streaming(ScoredPolicy):
     """Sinks and a window.
 
     Args:
@@ -42,6 +37,23 @@ class Streaming:
     name: ClassVar[str] = "streaming"
     version: ClassVar[int] = 1
     status: ClassVar[str] = "stable"
+    about: ClassVar[About] = About(
+        idea=(
+            "The first few tokens draw attention whatever they say (attention sinks), and the "
+            "last ones matter for what comes next. So each head keeps the sinks and a sliding "
+            "window. Nothing is measured, and all between is gone for good."
+        ),
+        when="at the end of the prompt and in every step",
+        cost="a top-k over positions",
+        paper=(
+            "Efficient Streaming Language Models with Attention Sinks, arXiv 2309.17453; mit- "
+            "han-lab/streaming-llm"
+        ),
+        differs=(
+            "Keys stay at their absolute positions, where the paper counts positions inside "
+            "the cache; RoPE logits within the window are the same."
+        ),
+    )
 
     def __post_init__(self) -> None:
         """Check the parameters."""
@@ -54,23 +66,11 @@ class Streaming:
         """Nothing: positions decide."""
         return Needs()
 
-    def on_prefill_chunk(self, view: LayerView) -> None:
-        """Nothing to note."""
+    def protected(self, budget: int) -> Protect:
+        """The sinks."""
+        return Protect(sinks=self.sinks)
 
-    def on_prefill_end(self, views: Sequence[LayerView]) -> Sequence[Plans]:
-        """Sinks and window of the prompt."""
-        return [self._plan(view) for view in views]
-
-    def on_step(self, views: Sequence[LayerView]) -> Sequence[Plans]:
-        """The window moves on."""
-        return [self._plan(view) for view in views]
-
-    def _plan(self, view: LayerView) -> Plans:
-        budget = tokens_to_keep(view, self.budget)
-        held = view.layer.lengths[0]  # all heads hold the same tokens
-        if budget is None or held <= budget:
-            return ()
-        sinks = min(self.sinks, budget)
-        index = torch.arange(budget, device=view.layer.keys.device)
-        index[sinks:] += held - budget
-        return keep_rows(index.expand(view.layer.num_kv_heads, -1))
+    def scores(self, view: LayerView) -> Tensor:
+        """[1, S]: the later the better."""
+        held = max(view.layer.lengths)
+        return torch.arange(held, dtype=torch.float32, device=view.layer.keys.device)[None]

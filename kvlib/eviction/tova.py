@@ -10,27 +10,21 @@ A forward of many tokens after the prompt is one step here, decided by its last 
 kvpress decides once, after the prompt, and always keeps the last token: `window=1`.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from kvlib.errors import ConfigError
-from kvlib.eviction.base import (
-    LayerView,
-    Needs,
-    Plans,
-    check_budget,
-    keep_highest,
-    keep_rows,
-    keeps_all,
-    tokens_to_keep,
-)
+from kvlib.eviction.base import About, LayerView, Needs
+from kvlib.eviction.scored import Protect, ScoredPolicy
+from kvlib.eviction.select import check_budget, keeps_all
 
 __all__ = ["TOVA"]
 
 
 @dataclass(frozen=True, slots=True)
-class TOVA:
+class TOVA(ScoredPolicy):
     """Attention of the last query.
 
     Args:
@@ -43,6 +37,17 @@ class TOVA:
     name: ClassVar[str] = "tova"
     version: ClassVar[int] = 1
     status: ClassVar[str] = "stable"
+    about: ClassVar[About] = About(
+        idea=(
+            "In every step the last query votes. Its attention, averaged over all heads of "
+            "the layer, ranks the entries, and the lowest goes. All heads of a layer keep the "
+            "same entries."
+        ),
+        when="at the end of the prompt and in every step",
+        cost="one attention row; no state",
+        paper="Transformers are Multi-State RNNs, arXiv 2401.06104; schwartz-lab-NLP/TOVA",
+        differs="Nothing; the protected window is ours and off.",
+    )
 
     def __post_init__(self) -> None:
         """Check the parameters."""
@@ -56,26 +61,12 @@ class TOVA:
         wanted = 0 if keeps_all(self.budget) else 1
         return Needs(query_window=wanted, step_query_window=wanted)
 
-    def on_prefill_chunk(self, view: LayerView) -> None:
-        """Nothing to note."""
+    def protected(self, budget: int) -> Protect:
+        """The last entries."""
+        return Protect(window=self.window)
 
-    def on_prefill_end(self, views: Sequence[LayerView]) -> Sequence[Plans]:
-        """The prompt down to the budget."""
-        return [self._plan(view) for view in views]
-
-    def on_step(self, views: Sequence[LayerView]) -> Sequence[Plans]:
-        """As many as came go again, if the budget is full."""
-        return [self._plan(view) for view in views]
-
-    def _plan(self, view: LayerView) -> Plans:
-        budget = tokens_to_keep(view, self.budget)
-        held = view.layer.lengths[0]
-        if budget is None or held <= budget:
-            return ()
+    def scores(self, view: LayerView) -> Tensor:
+        """[1, S]: the last query's attention, averaged over all heads of the layer."""
         if view.window_sums is None:
             raise ConfigError("tova needs the attention of the last query, and did not get it")
-        scores = view.window_sums.mean((0, 1))[None]
-        if self.window:
-            scores[:, -min(self.window, budget) :] = 2  # above every probability
-        index = keep_highest(scores, budget)
-        return keep_rows(index.expand(view.layer.num_kv_heads, -1))
+        return view.window_sums.mean((0, 1))[None]

@@ -161,6 +161,7 @@ class PolicyContract:
         assert policy.version >= 1
         assert policy.status in ("stable", "experimental")
         assert isinstance(policy.needs, Needs)
+        assert all(getattr(policy.about, f.name) for f in fields(policy.about))
         for field in fields(policy):
             with pytest.raises(FrozenInstanceError):
                 setattr(policy, field.name, getattr(policy, field.name))

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from kvlib.blocks import LayerKV
-from kvlib.eviction import LayerState, LayerView, Needs, Plans, Policy
+from kvlib.eviction import About, LayerState, LayerView, Needs, Plans, Policy, ProbeView, Resources
+from kvlib.eviction.scored import PolicyBase
 from kvlib.testing.models import tiny_model
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class Note:
     entries: dict[str, list[Tensor]]
 
 
-class Recorder:
+class Recorder(PolicyBase):
     """A policy that lets another one decide and takes notes."""
 
     name: ClassVar[str] = "recorder"
@@ -99,13 +100,26 @@ class Recorder:
         self.notes: list[Note] = []
 
     @property
+    def about(self) -> About:
+        """The other's."""
+        return self._policy.about
+
+    @property
     def needs(self) -> Needs:
         """The other's, and every step, to take notes of it."""
         return replace(self._policy.needs, steps=True)
 
-    def on_prefill_chunk(self, view: LayerView) -> None:
+    def on_prefill_chunk(self, view: LayerView) -> Plans:
         """Pass it on."""
-        self._policy.on_prefill_chunk(view)
+        return self._policy.on_prefill_chunk(view)
+
+    def probes(self, prompt: Tensor, resources: Resources) -> Sequence[Tensor]:
+        """Pass it on."""
+        return self._policy.probes(prompt, resources)
+
+    def on_probe(self, view: ProbeView) -> None:
+        """Pass it on."""
+        self._policy.on_probe(view)
 
     def on_prefill_end(self, views: Sequence[LayerView]) -> Sequence[Plans]:
         """Pass it on and take notes."""

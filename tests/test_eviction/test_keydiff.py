@@ -34,7 +34,7 @@ def test_choices_are_the_oracles(seed, tokens, budget, window, scale):
     expected = [oracle.keydiff(head.tolist(), budget, window) for head in keys]
     assume(all(margin > CLEAR for _, margin in expected))
     policy = KeyDiff(budget=budget, window=window)
-    found = policy.scores(torch.from_numpy(keys))
+    found = policy.of_keys(torch.from_numpy(keys))
     for head in range(2):
         assert found[head].tolist() == pytest.approx(oracle.scores(keys[head].tolist()), abs=CLEAR)
     layer = kvlib.LayerKV(
@@ -81,8 +81,8 @@ def test_a_cache_stays_at_its_budget():
 def test_equal_keys_keep_the_first():
     """Ties are broken like everywhere: the lower index stays."""
     keys = torch.ones(1, 6, 4)
-    assert KeyDiff.scores(keys).unique().numel() == 1
-    assert KeyDiff.scores(torch.zeros(1, 6, 4)).isfinite().all()
+    assert KeyDiff.of_keys(keys).unique().numel() == 1
+    assert KeyDiff.of_keys(torch.zeros(1, 6, 4)).isfinite().all()
 
 
 def test_parameters():

@@ -308,7 +308,7 @@ def test_snapkv_in_a_model(group, options):
         ("snapkv:kernel=-3", "kernel must be odd, got -3"),
         ("snapkv:window=0", "window must be 1 or more, got 0"),
         ("snapkv:pool=median", "pool is avg or max, got 'median'"),
-        ("snapkv:group=sum", "group is mean or max, got 'sum'"),
+        ("snapkv:group=median", "group is mean, max, sum, got 'median'"),
         ("h2o:recent=1.5", r"recent is a share in \[0, 1\], got 1.5"),
         ("h2o:recent=-0.1", r"recent is a share in \[0, 1\], got -0.1"),
         ("h2o:recent=half", "h2o:recent must be float, got 'half'"),

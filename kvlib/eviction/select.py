@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From scores and budgets to plans: what policies share.
+
+Ties are broken one way everywhere: of entries with equal scores the one with the lower index, which
+is the earlier token, stays.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvlib.budget import round_budget
+from kvlib.errors import ConfigError
+from kvlib.eviction.base import LayerView, Plans
+from kvlib.plans import KeepTokens
+
+__all__ = [
+    "GROUP_REDUCERS",
+    "check_budget",
+    "check_group",
+    "keep_highest",
+    "keep_rows",
+    "keeps_all",
+    "largest_remainder",
+    "plan_highest",
+    "reduce_group",
+    "tokens_to_keep",
+]
+
+GROUP_REDUCERS = ("mean", "max", "sum")
+"""How the scores of the query heads that share a KV head become one."""
+
+
+def tokens_to_keep(view: LayerView, budget: float | int) -> int | None:
+    """Entries per head that a budget means for this sequence; None for all of them.
+
+    A fraction is one of the prompt, fixed when the prompt ends. The fraction 1 keeps everything,
+    later tokens too.
+    """
+    if keeps_all(budget) or view.num_prompt == 0:  # a prompt that was all padding has no fraction
+        return None
+    if isinstance(budget, int):
+        return budget
+    held = view.state.values.get("budget")
+    if held is None:
+        held = torch.tensor(round_budget(budget, view.num_prompt))
+        view.state.values["budget"] = held
+    return int(held)
+
+
+def keeps_all(budget: float | int) -> bool:
+    """Whether the budget is the fraction 1: nothing is ever evicted."""
+    return isinstance(budget, float) and budget == 1.0
+
+
+def check_budget(name: str, budget: float | int) -> None:
+    """Refuse a budget that means no number of tokens.
+
+    Raises:
+        ConfigError: naming the policy.
+    """
+    try:
+        round_budget(budget, 1)
+    except ConfigError as exc:
+        raise ConfigError(f"{name}: {exc}") from exc
+    if budget == 0:
+        raise ConfigError(f"{name}: a budget of 0 tokens leaves nothing to attend to")
+
+
+def check_group(name: str, group: str) -> None:
+    """Refuse a reducer that is not one of `GROUP_REDUCERS`."""
+    if group not in GROUP_REDUCERS:
+        raise ConfigError(f"{name}: group is {', '.join(GROUP_REDUCERS)}, got {group!r}")
+
+
+def reduce_group(scores: Tensor, group: str) -> Tensor:
+    """Scores [Hkv, G, S] of query heads to [Hkv, S]."""
+    if group == "max":
+        return scores.amax(1)
+    return scores.mean(1) if group == "mean" else scores.sum(1)
+
+
+def keep_highest(scores: Tensor, num: int) -> Tensor:
+    """Indices [Hkv, num] of the highest scores [Hkv, S] of each head, ascending."""
+    held = scores.shape[1]
+    if num == held - 1:  # the usual step drops one entry of each head: the last of the lowest
+        drop = held - 1 - scores.flip(1).argmin(1, keepdim=True)
+        index = torch.arange(num, device=scores.device).expand(len(scores), -1)
+        return index + (index >= drop)
+    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
+    return order[:, :num].sort(dim=-1).values
+
+
+def keep_rows(indices: Tensor) -> Plans:
+    """The plan that keeps the same number of entries [Hkv, n] in every head."""
+    return (KeepTokens(tuple(indices.unbind(0))),)
+
+
+def plan_highest(scores: Tensor, lengths: Sequence[int], budgets: Sequence[int]) -> Plans:
+    """The plan that keeps the `budgets[h]` highest-scored entries of each head.
+
+    Args:
+        scores: [Hkv, S]; of head h only the first `lengths[h]` count.
+        lengths: entries of each head.
+        budgets: entries to keep of each head; a head with fewer keeps what it has.
+    """
+    if all(n <= budget for n, budget in zip(lengths, budgets, strict=True)):
+        return ()
+    if len(set(lengths)) == len(set(budgets)) == 1:
+        return keep_rows(keep_highest(scores, budgets[0]))
+    rows = [
+        keep_highest(scores[h : h + 1, :n], min(n, budget))[0]
+        for h, (n, budget) in enumerate(zip(lengths, budgets, strict=True))
+    ]
+    return (KeepTokens(tuple(rows)),)
+
+
+def largest_remainder(shares: Sequence[float], total: int) -> list[int]:
+    """Whole numbers proportional to `shares` that sum to `total`.
+
+    Each share is rounded down; what is left goes to the largest remainders, of equal ones to the
+    first.
+    """
+    whole = sum(shares)
+    if whole <= 0:
+        shares, whole = [1.0] * len(shares), float(len(shares))
+    exact = [share / whole * total for share in shares]
+    parts = [int(x) for x in exact]
+    order = sorted(range(len(parts)), key=lambda i: (parts[i] - exact[i], i))
+    for i in order[: total - sum(parts)]:
+        parts[i] += 1
+    return parts
