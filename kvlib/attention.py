@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kvlib.blocks import SYNTHETIC, LayerKV
 from kvlib.errors import ShapeError
+from kvlib.plans import other_channels
 
 __all__ = [
     "BLOCK_ELEMENTS",
@@ -90,8 +91,8 @@ def attend(
         return _explicit(view, with_column_sums=True)
     # For values of another width than the keys, PyTorch has no kernel that holds no matrix.
     fused = query.shape[1] == 1 or layer.keys.shape[-1] == layer.values.shape[-1]
-    if fused and logits.is_plain and view.bias is None and view.dense:
-        output = _fused(view)
+    if fused and logits.is_plain and view.bias is None and layer.rest is None:
+        output = _fused(view) if view.dense else _fused_rows(query, layer, logits)
     else:
         return _explicit(view, with_column_sums=with_column_sums)
     return Attended(output, column_sums(query, layer, logits) if with_column_sums else None)
@@ -204,9 +205,11 @@ class _View:
         self.dense = layer.is_dense
         self.bias = layer.log_weight
         grouped = query.unflatten(0, (self.heads, self.group))
+        self.rest_query: Tensor | None = None
+        if layer.rest is not None and layer.channels is not None:
+            self.rest_query = _channels_of(grouped, other_channels(layer.channels, width))
         if layer.channels is not None:
-            index = layer.channels[:, None, None, :].expand(-1, *grouped.shape[1:3], -1)
-            grouped = grouped.gather(-1, index)
+            grouped = _channels_of(grouped, layer.channels)
         self.query: Tensor = grouped
         # Otherwise the order of a row says what a query sees.
         self.by_position = logits.window is not None
@@ -268,12 +271,26 @@ class _View:
                 stop += last - self.num_queries
             x = queries.flatten(1, 2) @ transposed[..., :stop]
             x = x.unflatten(1, (self.group, last - first))
+            self._add_rest(x, head, first, last, keys.shape[1])
             if self.logits.softcap is not None:
                 x = x.div_(self.logits.softcap).tanh_().mul_(self.logits.softcap)
             if bias is not None:
                 x += bias[:, None, None, :stop]
             self._mask(x, first, last, stop, positions)
             yield _Block(head, first, last, stop, self._softmax(x, head))
+
+    def _add_rest(self, x: Tensor, head: slice, first: int, last: int, length: int) -> None:
+        """Add what the pruned channels say about the entries that still have them."""
+        if self.rest_query is None or self.layer.rest is None:
+            return
+        tail = min(self.layer.rest.shape[1], length)
+        start, stop = length - tail, x.shape[-1]
+        if stop <= start:
+            return
+        rest = self.layer.rest[head, self.layer.rest.shape[1] - tail :][:, : stop - start]
+        queries = self.rest_query[head, :, first:last].to(torch.float32) * self.scale
+        more = queries.flatten(1, 2) @ rest.to(torch.float32).transpose(-1, -2)
+        x[..., start:] += more.unflatten(1, (self.group, last - first))
 
     def _softmax(self, x: Tensor, head: slice) -> Tensor:
         """Probabilities from logits [h, G, n, stop]; reuses `x`."""
@@ -325,6 +342,28 @@ def _explicit(view: _View, *, with_column_sums: bool) -> Attended:
             if sums is not None:
                 sums[head, :, : block.stop] += block.weights.sum(-2)
     return Attended(output.flatten(0, 1), sums)
+
+
+def _channels_of(query: Tensor, channels: Tensor) -> Tensor:
+    """The channels int64 [Hkv, C] of queries [Hkv, G, T, D]."""
+    index = channels[:, None, None, :].expand(-1, *query.shape[1:3], -1)
+    return query.gather(-1, index)
+
+
+def _fused_rows(query: Tensor, layer: LayerKV, logits: Logits) -> Tensor:
+    """`_fused` head by head: rows that are not equally long."""
+    grouped = query.unflatten(0, (layer.num_kv_heads, -1))
+    out = []
+    for head, row in enumerate(layer.rows()):
+        one = LayerKV(
+            layer_idx=layer.layer_idx,
+            keys=row.keys[None],
+            values=row.values[None],
+            positions=row.positions[None],
+            channels=None if layer.channels is None else layer.channels[head : head + 1],
+        )
+        out.append(_fused(_View(grouped[head], one, logits)))
+    return torch.cat(out)
 
 
 def _fused(view: _View) -> Tensor:

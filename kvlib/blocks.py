@@ -68,6 +68,9 @@ class LayerKV:
         row_lengths: entries of each head when packed, None when dense.
         log_weight: float32 of `keys.shape[:-1]`, added to an entry's attention logit; None means 0.
         channels: int64 [Hkv, C], ascending: which key channels were kept; None means all.
+        rest: [Hkv, R, k_head_dim - C], the other channels of the last R entries of every row, whose
+            keys are still whole; zeros where an entry has lost them. A row shorter than R uses the
+            last of its columns. None where no entry has them.
     """
 
     layer_idx: int
@@ -77,6 +80,7 @@ class LayerKV:
     row_lengths: tuple[int, ...] | None = None
     log_weight: Tensor | None = None
     channels: Tensor | None = None
+    rest: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Check shapes and dtypes; `validate` checks contents, which may wait for a device."""
@@ -122,6 +126,19 @@ class LayerKV:
                     f"layer {self.layer_idx}: channels are {self.channels.dtype} "
                     f"{tuple(self.channels.shape)}; expected int64 {want}"
                 )
+
+        if self.rest is not None and (
+            self.channels is None
+            or self.rest.dim() != 3
+            or self.rest.shape[0] != self.num_kv_heads
+            or self.rest.dtype != self.keys.dtype
+            or self.rest.device != self.keys.device
+        ):
+            raise ShapeError(
+                f"layer {self.layer_idx}: rest is {self.rest.dtype} {tuple(self.rest.shape)} on "
+                f"{self.rest.device}; expected {self.keys.dtype} [{self.num_kv_heads}, R, pruned "
+                "channels] beside channels"
+            )
 
     def _check_entry_tensor(self, name: str, x: Tensor, dtype: torch.dtype) -> None:
         if x.shape != self.keys.shape[:-1] or x.dtype != dtype or x.device != self.keys.device:
@@ -174,7 +191,7 @@ class LayerKV:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors held, metadata included."""
-        tensors = [self.keys, self.values, self.log_weight, self.channels]
+        tensors = [self.keys, self.values, self.log_weight, self.channels, self.rest]
         if isinstance(self.positions, Tensor):
             tensors.append(self.positions)
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
@@ -218,7 +235,23 @@ class LayerKV:
         for row, index in zip(self.rows(), rows, strict=True):
             weight = None if row.log_weight is None else row.log_weight[index]
             picked.append(Row(row.keys[index], row.values[index], row.positions[index], weight))
-        return LayerKV.from_rows(self.layer_idx, picked, channels=self.channels)
+        layer = LayerKV.from_rows(self.layer_idx, picked, channels=self.channels)
+        return layer if self.rest is None else replace(layer, rest=self.select_rest(rows))
+
+    def select_rest(self, rows: Sequence[Tensor]) -> Tensor | None:
+        """`rest` of `select(rows)`, a copy."""
+        if self.rest is None:
+            return None
+        tail = self.rest.shape[1]
+        slots = [
+            row[row >= n - tail].to(self.rest.device) - (n - tail)
+            for row, n in zip(rows, self.lengths, strict=True)
+        ]
+        longest = max(len(mine) for mine in slots)
+        out = self.rest.new_zeros(len(slots), longest, self.rest.shape[-1])
+        for head, mine in enumerate(slots):
+            out[head, longest - len(mine) :] = self.rest[head, mine]
+        return out
 
     def _select_dense(self, index: Tensor) -> "LayerKV":
         """Dense rows from dense rows: int64 [Hkv, n]; every entry is copied once."""
@@ -236,6 +269,7 @@ class LayerKV:
             values=picked(self.values),
             positions=self.positions_tensor().gather(1, index),
             log_weight=None if weight is None else weight.gather(1, index),
+            rest=self.select_rest(list(index)),
         )
 
     def slice(self, start: int, stop: int) -> "LayerKV":
@@ -304,6 +338,11 @@ class LayerKV:
         mine, theirs = self.channels, other.channels
         if mine is not None and theirs is not None and not torch.equal(mine, theirs):
             return False
+        if (self.rest is None) != (other.rest is None):
+            return False
+        a, b = self.rest, other.rest
+        if a is not None and b is not None and not _storage_equal(a, b):
+            return False
         for row, its in zip(self.rows(), other.rows(), strict=True):
             if not all(_storage_equal(a, b) for a, b in zip(row[:3], its[:3], strict=True)):
                 return False
@@ -351,6 +390,11 @@ class KVBlock:
 
     def _check_layer(self, layer: LayerKV) -> None:
         want = self.spec.layers[layer.layer_idx]
+        if layer.rest is not None:
+            raise ShapeError(
+                f"layer {layer.layer_idx} has entries whose keys are still whole beside pruned "
+                "ones: they do not fit in a block (a Snapshot keeps them in its state)"
+            )
         if want.kind is LayerKind.RECURRENT:
             raise ShapeError(
                 f"layer {layer.layer_idx} is recurrent: its state has no tokens and fits in no "

@@ -12,7 +12,13 @@ from torch import Tensor
 from kvlib.blocks import KVBlock, LayerKV
 from kvlib.cache_columns import Columns, NewColumns
 from kvlib.cache_layers import EvictableLayer, LayerRow
-from kvlib.errors import CodecError, ConfigError, CorruptDataError, IncompatibleDataError
+from kvlib.errors import (
+    CodecError,
+    ConfigError,
+    CorruptDataError,
+    IncompatibleDataError,
+    ShapeError,
+)
 from kvlib.eviction.base import LayerState, Needs, Policy
 from kvlib.model_spec import spec_for_model
 from kvlib.registry import describe
@@ -28,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["Copyable"]
 
 _PROMPT = "prompt"
+_REST = "rest"
 _VERSION = "version"
 
 
@@ -72,6 +79,9 @@ def _snapshot_of(
         state |= {f"{index:05}/values/{k}": x.cpu() for k, x in mine.fork().values.items()}
         if layer.rows is None:  # nothing was evicted
             kv = replace(kv, positions=range(seen))
+        if kv.rest is not None:
+            state[f"{index:05}/{_REST}"] = kv.rest.cpu().clone()
+            kv = replace(kv, rest=None)
         parts.append(LayerRow(kv, LayerState()).fork().layer)
     block = KVBlock(spec=spec, start=0, num_tokens=seen, layers=tuple(parts))
     return Snapshot(method=describe(policy), block=block, state=state)
@@ -140,6 +150,12 @@ def _fill_from_snapshot(layers: Sequence[Any], snapshot: Snapshot, device: torch
                     f"layer {index}: {name} has {tuple(x.shape)} entries, the layer "
                     f"{tuple(mine.keys.shape[:-1])}"
                 )
+        rest = snapshot.state.get(f"{index:05}/{_REST}")
+        if rest is not None:
+            try:
+                mine = replace(mine, rest=rest.to(device, copy=True))
+            except ShapeError as exc:
+                raise CorruptDataError(str(exc)) from exc
         layer.is_initialized = True
         if isinstance(mine.positions, range):
             layer.keys, layer.values = mine.keys[None], mine.values[None]
@@ -180,6 +196,7 @@ def _to(kv: LayerKV, device: torch.device) -> LayerKV:
         positions=kv.positions if isinstance(kv.positions, range) else moved(kv.positions),
         log_weight=None if kv.log_weight is None else moved(kv.log_weight),
         channels=None if kv.channels is None else moved(kv.channels),
+        rest=None if kv.rest is None else moved(kv.rest),
     )
 
 

@@ -21,11 +21,11 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
 )
 
-from kvlib.blocks import SYNTHETIC, LayerKV, Row
+from kvlib.blocks import SYNTHETIC, LayerKV
 from kvlib.errors import ConfigError
 from kvlib.eviction.base import LayerState, Plans
 from kvlib.model_spec import layer_specs
-from kvlib.plans import Demote, KeepTokens, apply_plan
+from kvlib.plans import Demote, KeepTokens, apply_plan, other_channels
 from kvlib.spec import RopeSpec
 
 __all__ = ["EvictableLayer", "LayerRow", "alone", "extend_entries", "layer_of", "make_layers"]
@@ -48,7 +48,7 @@ class LayerRow:
         """Bytes held, space to grow and policy state included."""
         if self._buffers is None:
             return self.layer.nbytes + self.state.nbytes
-        weights = self.layer.log_weight, self.layer.channels
+        weights = self.layer.log_weight, self.layer.channels, self.layer.rest
         held = [*self._buffers, *(x for x in weights if x is not None)]
         return sum(x.numel() * x.element_size() for x in held) + self.state.nbytes
 
@@ -57,26 +57,52 @@ class LayerRow:
         if not len(positions):
             return
         layer = self.layer
+        rest = None
         if layer.channels is not None:
-            index = layer.channels[:, None, :].expand(-1, keys.shape[1], -1)
-            keys = keys.gather(-1, index)
+            others = other_channels(layer.channels, keys.shape[-1])
+            if layer.rest is not None:
+                rest = torch.cat([layer.rest, _gather_channels(keys, others)], dim=1)
+            keys = _gather_channels(keys, layer.channels)
         if layer.is_dense and layer.log_weight is None and isinstance(layer.positions, Tensor):
             self._append_dense(keys, values, positions)
         else:
-            rows = []
-            for head, row in enumerate(layer.rows()):
-                at = int((row.positions != SYNTHETIC).sum())  # synthetic entries stay last
-                rows.append(
-                    Row(
-                        _insert(row.keys, at, keys[head]),
-                        _insert(row.values, at, values[head]),
-                        _insert(row.positions, at, positions),
-                        None
-                        if row.log_weight is None
-                        else _insert(row.log_weight, at, torch.zeros_like(positions).float()),
-                    )
-                )
-            self.layer = LayerKV.from_rows(layer.layer_idx, rows, channels=layer.channels)
+            self._append_rows(keys, values, positions)
+        if rest is not None:
+            self.layer = replace(self.layer, rest=rest)
+
+    def _append_rows(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        """Into rows that are not equally long, or have weights: one copy of everything."""
+        layer = self.layer
+        old = layer.positions_tensor()
+        weighted = layer.log_weight is not None
+        cuts, start = [], 0
+        for head, n in enumerate(layer.lengths):
+            real = n
+            if weighted:  # synthetic entries stay last
+                mine = old[head] if layer.is_dense else old[start : start + n]
+                real = int((mine != SYNTHETIC).sum())
+            cuts.append((start, start + real, start + n))
+            start += n
+
+        def joined(x: Tensor, new: Tensor) -> Tensor:
+            flat = x.flatten(0, 1) if layer.is_dense else x
+            parts: list[Tensor] = []
+            for head, (first, middle, last) in enumerate(cuts):
+                parts += [flat[first:middle], new[head].to(x.dtype), flat[middle:last]]
+            out = torch.cat(parts)
+            return out.unflatten(0, (len(cuts), -1)) if layer.is_dense else out
+
+        num = len(positions)
+        heads = layer.num_kv_heads
+        weight = layer.log_weight
+        self.layer = replace(
+            layer,
+            keys=joined(layer.keys, keys),
+            values=joined(layer.values, values),
+            positions=joined(old, positions.expand(heads, -1)),
+            row_lengths=None if layer.is_dense else tuple(n + num for n in layer.lengths),
+            log_weight=None if weight is None else joined(weight, weight.new_zeros(heads, num)),
+        )
 
     def _append_dense(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         layer = self.layer
@@ -113,7 +139,10 @@ class LayerRow:
         if num == 0:
             return
         if self._buffers is not None:
+            rest = self.layer.rest
             self._view(self.layer.keys.shape[1] - num)
+            if rest is not None:
+                self.layer = replace(self.layer, rest=rest[:, : rest.shape[1] - num].clone())
             return
         rows = []
         for row in self.layer.rows():
@@ -161,6 +190,7 @@ class LayerRow:
         ascending = bool((index[:, 1:] > index[:, :-1]).all()) if num else True
         if not num or not ascending or int(index[:, 0].min()) < 0 or int(index.max()) >= held:
             return False  # apply_plan says what is wrong
+        rest = layer.select_rest(only.rows)
         unmoved = (index == order).sum(1).tolist()  # ascending: the front of the row
         for head, first in enumerate(unmoved):
             for x in buffers:
@@ -168,6 +198,8 @@ class LayerRow:
         for name, entry in self.state.entries.items():
             self.state.entries[name] = entry.gather(1, index.to(entry.device))
         self._view(num)
+        if rest is not None:
+            self.layer = replace(self.layer, rest=rest)
         return True
 
     def fork(self) -> "LayerRow":
@@ -181,6 +213,7 @@ class LayerRow:
             if isinstance(layer.positions, range)
             else layer.positions.clone(),
             log_weight=None if layer.log_weight is None else layer.log_weight.clone(),
+            rest=None if layer.rest is None else layer.rest.clone(),
         )
         twin = LayerRow(copy, self.state.fork())
         twin._shrinks = self._shrinks
@@ -189,6 +222,11 @@ class LayerRow:
 
 def _insert(x: Tensor, at: int, new: Tensor) -> Tensor:
     return torch.cat([x[:at], new.to(x.dtype), x[at:]])
+
+
+def _gather_channels(keys: Tensor, channels: Tensor) -> Tensor:
+    """The channels int64 [Hkv, C] of keys [Hkv, T, D]."""
+    return keys.gather(-1, channels[:, None, :].expand(-1, keys.shape[1], -1))
 
 
 def alone(x: Tensor) -> Tensor:

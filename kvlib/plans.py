@@ -29,6 +29,7 @@ __all__ = [
     "Plan",
     "Reposition",
     "apply_plan",
+    "other_channels",
 ]
 
 
@@ -101,13 +102,14 @@ class Reposition:
 class KeepChannels:
     """Keep these key channels, drop the others.
 
-    Recent keys that stay whole belong in a LayerKV of their own.
-
     Attributes:
         channels: int64 [Hkv, C], ascending: indices into the model's key channels.
+        whole_tail: the last so many entries of every row, and all later tokens, keep all their
+            channels (`LayerKV.rest`); None prunes later tokens too.
     """
 
     channels: Tensor
+    whole_tail: int | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -124,6 +126,13 @@ class Demote:
 
 Plan: TypeAlias = KeepTokens | MergeTokens | AppendToken | Reposition | KeepChannels | Demote
 _ORDER = (KeepTokens, MergeTokens, AppendToken, Reposition, KeepChannels, Demote)
+
+
+def other_channels(channels: Tensor, width: int) -> Tensor:
+    """The channels of 0..width-1 that are not in int64 [Hkv, C], ascending: [Hkv, width - C]."""
+    others = torch.ones(len(channels), width, dtype=torch.bool, device=channels.device)
+    others.scatter_(1, channels, False)
+    return others.nonzero()[:, 1].view(len(channels), -1)
 
 
 class AppliedPlan(NamedTuple):
@@ -164,9 +173,15 @@ def apply_plan(
     if len(by_kind) == (KeepTokens in by_kind) and keep is None:
         return AppliedPlan(layer, None)
 
-    rows = source
+    rows, rest = source, layer.rest
+    if rest is not None and {MergeTokens, AppendToken, KeepChannels} & set(by_kind):
+        raise ConfigError(
+            f"layer {layer.layer_idx}: keys with pruned channels beside whole ones cannot be "
+            "merged, joined by synthetic ones or pruned again"
+        )
     if keep is not None:
-        rows = layer.select(kept).rows()
+        selected = layer.select(kept)
+        rows, rest = selected.rows(), selected.rest
     merge = by_kind.get(MergeTokens)
     if isinstance(merge, MergeTokens):
         rows = _merge(rows, source, kept, merge, layer.layer_idx)
@@ -184,8 +199,11 @@ def apply_plan(
     channels = layer.channels
     prune = by_kind.get(KeepChannels)
     if isinstance(prune, KeepChannels):
+        rest = _rest(rows, layer, prune)
         rows, channels = _keep_channels(rows, layer, prune)
     changed = LayerKV.from_rows(layer.layer_idx, rows, channels=channels)
+    if rest is not None:
+        changed = replace(changed, rest=rest)
     if (
         isinstance(layer.positions, range)
         and changed.is_dense
@@ -420,6 +438,25 @@ def _keep_channels(
             )
         out.append(row._replace(keys=row.keys[:, where]))
     return out, channels
+
+
+def _rest(rows: Sequence[Row], layer: LayerKV, plan: KeepChannels) -> Tensor | None:
+    """The channels that `plan` prunes, of the entries that keep them."""
+    if plan.whole_tail is None:
+        return None
+    if plan.whole_tail < 0 or layer.channels is not None:
+        raise ShapeError(
+            f"layer {layer.layer_idx}: whole_tail is {plan.whole_tail}; expected 0 or more, and "
+            "None for keys whose channels were pruned before"
+        )
+    device = layer.keys.device
+    others = other_channels(plan.channels.to(device), layer.keys.shape[-1])
+    longest = min(plan.whole_tail, max(len(row.positions) for row in rows))
+    rest = layer.keys.new_zeros(len(rows), longest, others.shape[1])
+    for head, row in enumerate(rows):
+        mine = row.keys[max(len(row.keys) - longest, 0) :]
+        rest[head, longest - len(mine) :] = mine[:, others[head]]
+    return rest
 
 
 def _demote(changed: LayerKV, kept: Sequence[Tensor], plan: Demote, layer: LayerKV) -> AppliedPlan:

@@ -39,12 +39,14 @@ __all__ = [
 POLICIES: Registry[Policy] = Registry(
     "policies",
     {
+        "expected": "kvlib.eviction.expected:Expected",
         "full": "kvlib.eviction.full:Full",
         "h2o": "kvlib.eviction.h2o:H2O",
         "keydiff": "kvlib.eviction.keydiff:KeyDiff",
         "random": "kvlib.eviction.random:Random",
         "snapkv": "kvlib.eviction.snapkv:SnapKV",
         "streaming": "kvlib.eviction.streaming:Streaming",
+        "think": "kvlib.eviction.think:ThinK",
         "tova": "kvlib.eviction.tova:TOVA",
     },
 )

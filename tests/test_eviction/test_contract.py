@@ -7,7 +7,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from kvlib.eviction import POLICIES, Needs
+from kvlib.eviction import POLICIES, Needs, build_policy
 from kvlib.eviction.h2o import H2O
 from kvlib.plans import KeepTokens
 from kvlib.testing.policies import PolicyContract
@@ -38,6 +38,34 @@ class TestRandom(PolicyContract):
 
 class TestTOVA(PolicyContract):
     method: ClassVar[str] = "tova:budget={budget}"
+
+
+class TestThinK(PolicyContract):
+    method: ClassVar[str] = "think:ratio=0.4,window=4,recent=3"
+    evicts: ClassVar[bool] = False
+
+    def policy(self, budget):
+        return build_policy("think:ratio=0.0" if budget in (1.0, 1000) else self.method)
+
+
+class TestSnapKVThinK(PolicyContract):
+    method: ClassVar[str] = "snapkv:budget={budget},window=4+think:ratio=0.5,window=4,recent=3"
+    bounded_after_prefill: ClassVar[bool] = False
+
+    def policy(self, budget):
+        if budget in (1.0, 1000):
+            return build_policy(f"snapkv:budget={budget}+think:ratio=0.0")
+        return build_policy(self.method.format(budget=budget))
+
+
+class TestH2OThinK(TestSnapKVThinK):
+    method: ClassVar[str] = "h2o:budget={budget}+think:ratio=0.5,window=4,recent=3"
+    bounded_after_prefill: ClassVar[bool] = True
+
+    def policy(self, budget):
+        if budget in (1.0, 1000):
+            return build_policy(f"h2o:budget={budget}+think:ratio=0.0")
+        return build_policy(self.method.format(budget=budget))
 
 
 class TestH2O(PolicyContract):
