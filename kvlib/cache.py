@@ -18,15 +18,17 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from kvlib.artefacts import model_identity
 from kvlib.attention import Logits, attend_batch
 from kvlib.blocks import LayerKV
 from kvlib.cache_columns import Columns, NewColumns
 from kvlib.cache_copies import Copyable
 from kvlib.cache_decisions import Decisions, Forward, read_policy
 from kvlib.cache_layers import EvictableLayer, alone, layer_of, make_layers
+from kvlib.cache_probe import Probes
 from kvlib.cache_signals import MAX_ROLLBACK, Signals
 from kvlib.errors import ConfigError
-from kvlib.eviction.base import LayerState, Needs, Policy
+from kvlib.eviction.base import LayerState, LayerView, Needs, Policy, Resources
 from kvlib.model_hooks import AttentionCall, decoder_of, untraced, watch
 from kvlib.model_spec import layer_specs
 from kvlib.registry import describe
@@ -55,6 +57,8 @@ class KVCache(Copyable, Cache):
         model_id: identity of the weights, for snapshots of models that came from no hub and no
             folder.
         defer: policies to choose from once the prompt, a single pass, has been run: see `decided`.
+        tokenizer: the model's, for policies that write text of their own behind the prompt.
+        draft: a smaller model with the same token ids, for policies that let one look ahead.
 
     Raises:
         ConfigError: layers of another kind (named), or two codecs.
@@ -70,6 +74,9 @@ class KVCache(Copyable, Cache):
         prefill_chunk_size: int | None = None,
         model_id: str | None = None,
         defer: Sequence[Policy] = (),
+        tokenizer: Any = None,
+        draft: Any = None,
+        _restoring: bool = False,
     ) -> None:
         policy, codec = read_policy(policy, codec)
         if prefill_chunk_size is not None and prefill_chunk_size < 1:
@@ -89,16 +96,24 @@ class KVCache(Copyable, Cache):
         self._evictable = [layer for layer in made if isinstance(layer, EvictableLayer)]
         self._sliding = [layer for layer in made if not isinstance(layer, EvictableLayer)]
         self._model = model
+        resources = Resources(
+            model=model, tokenizer=tokenizer, draft=draft, identity=self._identity
+        )
+        for each in () if _restoring else (policy, *self._defer):
+            each.check(resources)
         self._model_name = type(model).__name__
         self._decoder = decoder_of(model)
+        self._probes = Probes(self._decoder, resources)
+        self._probes.layers = made
         self._start()
         watch(self._decoder, self, lambda cache: isinstance(cache, KVCache))
 
     def _start(self) -> None:
-        self._columns = Columns()
+        self.columns = Columns()
         self._deferred = bool(self._defer)
         self._needs = Needs.union([other.needs for other in (self.policy, *self._defer)])
         self._signals = Signals(self._needs, self._ropes)
+        self._probes.clear()
         self.record_past = False
         self._in_prefill = True
         self._whole_chunk = False  # the newest pass was a piece of the prompt, more may follow
@@ -116,12 +131,12 @@ class KVCache(Copyable, Cache):
         for layer in self._sliding:  # these are views of a step's tensors, which stay alive
             held = [x for x in (layer.keys, layer.values) if x is not None]
             total += sum(x.untyped_storage().nbytes() for x in held)
-        return total + self._columns.nbytes + self._signals.nbytes
+        return total + self.columns.nbytes + self._signals.nbytes + self._probes.nbytes
 
     @property
     def num_columns(self) -> int:
         """Columns ever seen: tokens, evicted ones included, and padding."""
-        return self._columns.num
+        return self.columns.num
 
     @property
     def method(self) -> str:
@@ -141,9 +156,12 @@ class KVCache(Copyable, Cache):
             return layer.rows[sequence].layer
         if layer.keys is None or layer.values is None:
             raise ConfigError(f"layer {layer_idx} is empty")
-        valid = None if self._columns.valid is None else self._columns.valid[sequence]
-        positions = self._columns.token_positions(sequence)
+        valid = None if self.columns.valid is None else self.columns.valid[sequence]
+        positions = self.columns.token_positions(sequence)
         return layer_of(layer_idx, layer.keys[sequence], layer.values[sequence], positions, valid)
+
+    def _identity(self) -> str:
+        return model_identity(self.spec)
 
     # A forward pass, as the hooks report it
 
@@ -153,21 +171,25 @@ class KVCache(Copyable, Cache):
             raise ConfigError(
                 f"this KVCache was made for another {self._model_name}; make one for each model"
             )
+        if self._probes.running:
+            return
         self._check_usable()
         if arguments.get("output_attentions"):
             raise ConfigError(
                 "KVCache returns no attention weights: leave output_attentions out. A policy gets "
                 "sums of them as signals (kvlib.eviction.Needs)"
             )
-        new = self._columns.read(arguments)
+        new = self.columns.read(arguments)
         self._commit_open(0)
         chunk = self.prefill_chunk_size
         if self._in_prefill and self._whole_chunk and new.num == 1 != chunk:
             self.end_prefill()
         self._warn_about_pieces(new.num)
-        if self._columns.batch == 0:
+        if self.columns.batch == 0:
             for layer in self._evictable:
                 layer.states = [LayerState() for _ in new.positions]
+        if self._in_prefill and self._needs.probe:
+            self._probes.take_prompt(arguments)
         self._whole_chunk = chunk is not None and new.num >= chunk
         self._attended = 0
         self._forward = Forward(
@@ -175,7 +197,7 @@ class KVCache(Copyable, Cache):
             is_step=not self._in_prefill,
             ends_prefill=self._in_prefill and not self._whole_chunk,
         )
-        self._columns.add(new, to_prompt=self._in_prefill)
+        self.columns.add(new, to_prompt=self._in_prefill)
 
     def _check_usable(self) -> None:
         if self._failed:
@@ -202,7 +224,7 @@ class KVCache(Copyable, Cache):
 
     def expect_update(self, layer_idx: int) -> None:
         """Refuse keys that do not come from a forward pass of the cache's own model."""
-        if self._forward is None:
+        if self._forward is None and not self._probes.running:
             raise ConfigError(
                 f"layer {layer_idx} was given keys outside of a forward pass of the "
                 f"{self._model_name} that this KVCache was made for; make one for each model"
@@ -210,7 +232,7 @@ class KVCache(Copyable, Cache):
 
     def needs_mask(self) -> bool:
         """See `kvlib.model_hooks.HookedCache`."""
-        return any(layer.rows is None for layer in self._evictable)
+        return not self._probes.running and any(layer.rows is None for layer in self._evictable)
 
     def attend(self, key: Tensor, call: AttentionCall) -> Tensor | None:
         """See `kvlib.model_hooks.HookedCache`."""
@@ -218,8 +240,6 @@ class KVCache(Copyable, Cache):
         layer = self.layers[index]
         if not isinstance(layer, EvictableLayer):
             return None
-        forward = self._forward
-        assert forward is not None  # noqa: S101
         if layer.pending is None:
             raise ConfigError(
                 f"{type(call.module).__name__} attends without giving its keys to the cache: "
@@ -231,6 +251,10 @@ class KVCache(Copyable, Cache):
                 f"{type(call.module).__name__} changes keys after caching them: KVCache does not "
                 "support this model"
             )
+        if self._probes.running:
+            return self._probes.attend(layer, call)
+        forward = self._forward
+        assert forward is not None  # noqa: S101
         self._attended += 1
         logits = call.logits()
         if layer.rows is None:
@@ -238,12 +262,12 @@ class KVCache(Copyable, Cache):
             output, _ = call.original(
                 call.module, call.query, keys, values, call.mask, **call.options
             )
-            for row in range(self._columns.batch):
+            for row in range(self.columns.batch):
                 self._observe(layer, row, call.query[row], logits)
         else:
             output = self._attend_rows(layer, call, logits)
         if not (self.record_past or self._deferred or self._needs.whole_model):
-            self._commit([layer], forward, [0] * self._columns.batch)
+            self._commit([layer], forward, [0] * self.columns.batch)
         return output
 
     @torch.no_grad()
@@ -279,7 +303,8 @@ class KVCache(Copyable, Cache):
                 new.positions[row].to(keys.device)[where],
             )
         # Sums come with the attention of a single query, unless they may have to be taken back.
-        at_once = self._signals.come_with_attention(new.num) and not self.record_past
+        at_once = forward.is_step and not self.record_past
+        at_once = at_once and self._signals.come_with_attention(new.num)
         output, sums = attend_batch(
             call.query,
             [held.layer for held in layer.rows],
@@ -296,6 +321,8 @@ class KVCache(Copyable, Cache):
 
     def end_forward(self, *, failed: bool) -> None:
         """See `kvlib.model_hooks.HookedCache`."""
+        if self._probes.running:  # one that failed raises through `_commit`
+            return
         forward, self._forward = self._forward, None
         if failed or forward is None:
             self._failed = True
@@ -312,7 +339,7 @@ class KVCache(Copyable, Cache):
                 f"only {self._attended} of {len(self._evictable)} layers ran over this KVCache: it "
                 "cannot be used where layers are skipped"
             )
-        self._columns.advance(forward.new)
+        self.columns.advance(forward.new)
         if forward.new.num > 1:  # else a window would keep the whole pass alive
             for layer in self._sliding:
                 layer.keys, layer.values = alone(layer.keys), alone(layer.values)
@@ -320,7 +347,7 @@ class KVCache(Copyable, Cache):
             self._open = forward
             return
         if self._needs.whole_model:
-            self._commit(self._evictable, forward, [0] * self._columns.batch)
+            self._commit(self._evictable, forward, [0] * self.columns.batch)
         self._done(forward)
 
     # Decisions
@@ -330,21 +357,26 @@ class KVCache(Copyable, Cache):
     ) -> None:
         try:
             self._decisions.commit(
-                layers, forward, removed, self._columns, self._signals, self.layer_kv
+                layers, forward, removed, self.columns, self._signals, self.layer_kv, self._probe
             )
         except BaseException:  # some layers have been decided, others not
             self._failed = True
             raise
 
+    def _probe(self, views: Sequence[LayerView], row: int) -> None:
+        self._probes.run(self, self.policy, views, row)
+
     def _done(self, forward: Forward) -> None:
         self._in_prefill &= not forward.ends_prefill
-        self._columns.settle(keep_positions=self.needs_mask())
+        if not self._in_prefill:
+            self._probes.clear()
+        self.columns.settle(keep_positions=self.needs_mask())
 
     def end_prefill(self) -> None:
         """Say that the prompt is complete: what the policy drops goes now."""
         self._check_usable()
         self._commit_open(0)
-        columns = self._columns
+        columns = self.columns
         if not self._in_prefill or columns.batch == 0:
             return
         nothing = NewColumns(0, None, torch.zeros(columns.batch, 0, dtype=torch.int32))
@@ -413,7 +445,7 @@ class KVCache(Copyable, Cache):
 
     def _remove(self, num: int) -> list[int]:
         """Take the last columns out of everything; returns the tokens each sequence lost."""
-        lost = self._columns.remove(num) if num else [0] * self._columns.batch
+        lost = self.columns.remove(num) if num else [0] * self.columns.batch
         for layer in self._evictable:
             if layer.keys is not None and layer.values is not None:
                 layer.keys = layer.keys[..., : self.num_columns, :]
@@ -441,12 +473,12 @@ class KVCache(Copyable, Cache):
             layer.take_sequences(beam_idx)
         for layer in self._sliding:
             layer.reorder_cache(beam_idx)
-        self._columns.take(order)
+        self.columns.take(order)
         self._signals.take(order)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence."""
-        self.reorder_cache(torch.arange(self._columns.batch).repeat_interleave(repeats))
+        self.reorder_cache(torch.arange(self.columns.batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these sequences."""

@@ -199,6 +199,10 @@ class Columns:
         mine = self.positions[sequence]
         return mine if self.valid is None else mine[self.valid[sequence]]
 
+    def last_position(self, sequence: int) -> int:
+        """Position of the last token of one sequence, -1 before the first."""
+        return self._last[sequence]
+
     def fork(self) -> "Columns":
         """A copy; its tensors are shared, since none is ever written to."""
         twin = copy(self)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from kvlib.cache_decisions import Forward
+    from kvlib.cache_probe import Probes
     from kvlib.cache_signals import Signals
 
 __all__ = ["Copyable"]
@@ -210,8 +211,9 @@ class Copyable:
         model_id: str | None
         layers: list[Any]
         _model: "PreTrainedModel"
-        _columns: Columns
+        columns: Columns
         _signals: Signals
+        _probes: Probes
         _needs: Needs
         _deferred: bool
         _open: Forward | None
@@ -245,9 +247,12 @@ class Copyable:
             codec=self.codec,
             prefill_chunk_size=self.prefill_chunk_size,
             model_id=self.model_id,
+            tokenizer=self._probes.resources.tokenizer,
+            draft=self._probes.resources.draft,
         )
+        twin._probes.copy_prompt(self._probes)
         _copy_into(twin.layers, self.layers)
-        twin._columns = self._columns.fork()
+        twin.columns = self.columns.fork()
         return twin
 
     def decided(self, policy: Policy) -> Self:
@@ -292,17 +297,17 @@ class Copyable:
         """
         self._check_usable()
         self._commit_open(0)
-        if self._columns.batch == 0 or self._in_prefill:
+        if self.columns.batch == 0 or self._in_prefill:
             raise ConfigError("a snapshot needs a complete prompt: see KVCache.end_prefill")
         if sequence is None:
-            if self._columns.batch > 1:
-                raise ConfigError(f"which of the {self._columns.batch} sequences? to_snapshot(0)")
+            if self.columns.batch > 1:
+                raise ConfigError(f"which of the {self.columns.batch} sequences? to_snapshot(0)")
             sequence = 0
         held = [
             self.layer_kv(index, sequence) if isinstance(layer, EvictableLayer) else None
             for index, layer in enumerate(self.layers)
         ]
-        return _snapshot_of(self.spec, self.policy, self.layers, held, self._columns, sequence)
+        return _snapshot_of(self.spec, self.policy, self.layers, held, self.columns, sequence)
 
     @classmethod
     def from_snapshot(
@@ -332,14 +337,16 @@ class Copyable:
                 f"the snapshot was taken under {snapshot.method!r}, this is {describe(policy)!r}"
             )
         make: Any = cls
-        cache: Self = make(model, policy or snapshot.method, codec=codec, model_id=model_id)
+        cache: Self = make(
+            model, policy or snapshot.method, codec=codec, model_id=model_id, _restoring=True
+        )
         if cache.spec != snapshot.block.spec:
             raise ConfigError(
                 f"the snapshot is of model {snapshot.block.spec.model_id!r} "
                 f"({snapshot.block.spec.dtype}), this one is {cache.spec.model_id!r} "
                 f"({cache.spec.dtype})"
             )
-        cache._columns = _restored_columns(snapshot, cache.policy, model.device)
+        cache.columns = _restored_columns(snapshot, cache.policy, model.device)
         _fill_from_snapshot(cache.layers, snapshot, model.device)
         cache._in_prefill = False
         return cache
@@ -372,7 +379,7 @@ class Copyable:
     ) -> Self | None:
         """The cache that `save` has stored for these tokens under this method; None for a miss."""
         make: Any = cls
-        wanted: Self = make(model, policy, codec=codec, model_id=model_id)
+        wanted: Self = make(model, policy, codec=codec, model_id=model_id, _restoring=True)
         tokens = input_ids.flatten()
         found = store.load_snapshot(wanted.spec, tokens, wanted.method, codec=wanted.codec)
         if found is None:

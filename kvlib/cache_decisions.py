@@ -63,6 +63,7 @@ class Decisions:
         self.policy = policy
         needs = policy.needs
         self._whole_model, self._steps = needs.whole_model, needs.steps
+        self._probe, self._prefill_plans = needs.probe, needs.prefill_plans
         self._ropes = ropes
 
     @torch.no_grad()
@@ -74,6 +75,7 @@ class Decisions:
         columns: Columns,
         signals: Signals,
         held: Callable[[int, int], LayerKV],
+        probe: Callable[[Sequence[LayerView], int], None],
     ) -> None:
         """Show layers to the policy and carry its plans out.
 
@@ -84,6 +86,7 @@ class Decisions:
             columns: of the cache.
             signals: what was observed.
             held: gives a layer of a sequence.
+            probe: runs the policy's extra passes over a sequence.
         """
         if forward.is_step and not self._steps and not any(map(_remembers, layers)):
             return
@@ -93,12 +96,16 @@ class Decisions:
                 self._view(layer, row, forward, removed[row], columns, signals, held)
                 for layer in layers
             ]
+            chunk: list[Plans] = []
             if not forward.is_step:
-                for view in views:
-                    self.policy.on_prefill_chunk(view)
+                chunk = [self.policy.on_prefill_chunk(view) for view in views]
             together = [views] if self._whole_model else [[view] for view in views]
             plans: list[Plans] = [() for _ in views]
-            if forward.ends_prefill:
+            if forward.ends_prefill and self._probe:
+                probe(views, row)
+            if self._prefill_plans and not (forward.is_step or forward.ends_prefill):
+                plans = chunk
+            elif forward.ends_prefill:
                 plans = [plan for part in together for plan in self.policy.on_prefill_end(part)]
             elif forward.is_step and self._steps:
                 plans = [plan for part in together for plan in self.policy.on_step(part)]

@@ -238,6 +238,7 @@ FLOORS = (
         "cache_columns",
         "cache_decisions",
         "cache_layers",
+        "cache_probe",
         "cache_signals",
         "cache_copies",
         "model_hooks",

@@ -41,6 +41,7 @@ def short_method(method: str) -> str:
 @torch.no_grad()
 def compare_policies(
     model: "PreTrainedModel",
+    tokenizer: Any,
     context: Sequence[int],
     continuation: Sequence[int],
     methods: Sequence[str],
@@ -52,6 +53,7 @@ def compare_policies(
 
     Args:
         model: any that `KVCache` supports.
+        tokenizer: the model's.
         context: token ids that are prefilled.
         continuation: token ids that follow it in the text.
         methods: the first is the reference.
@@ -64,7 +66,7 @@ def compare_policies(
     reference = torch.empty(0)
     for method in methods:
         progress(method, "")
-        cache = KVCache(model, method)
+        cache = KVCache(model, method, tokenizer=tokenizer)
         start = time.perf_counter()
         last = model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits
         prefill_s = time.perf_counter() - start

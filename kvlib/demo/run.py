@@ -174,7 +174,7 @@ class _Steps:
         _relate(rows)
         context = prefix_ids[: max(self._num_tokens * 3 // 8, BLOCK_TOKENS)]
         follow = prefix_ids[len(context) : len(context) + CONTINUATION_TOKENS] or continuation
-        evicted = self._evict(model, context, follow, policies)
+        evicted = self._evict((model, tokenizer), context, follow, policies)
         spec = rows[0].pop("spec")
         for row in rows[1:]:
             row.pop("spec")
@@ -207,9 +207,13 @@ class _Steps:
         }
 
     def _evict(
-        self, model: Any, context: list[int], follow: list[int], policies: tuple[list[str], str]
+        self,
+        loaded: tuple[Any, Any],
+        context: list[int],
+        follow: list[int],
+        policies: tuple[list[str], str],
     ) -> list[dict[str, Any]]:
-        """What each policy holds and changes."""
+        """What each policy holds and changes; `loaded` is the model and its tokenizer."""
         steps: dict[str, Any] = {}
 
         def tick(method: str, note: str) -> None:
@@ -219,7 +223,7 @@ class _Steps:
                 text = f"Evicting {len(context)} tokens with {method}"
                 steps[method] = self._progress.add_task(text, total=None, note="")
 
-        return compare_policies(model, context, follow, policies[0], policies[1], progress=tick)
+        return compare_policies(*loaded, context, follow, policies[0], policies[1], progress=tick)
 
     def _store_all(
         self, model: Any, codecs: tuple[str, ...], ids: list[int], request: dict[str, Any]

@@ -103,7 +103,12 @@ class UnitScorer:
 
     def __init__(self, loaded: EvalModel, options: RunOptions) -> None:
         self._source = loaded.source
-        self._scorer = Scorer(loaded.model, model_id=loaded.model_id, stepwise=options.stepwise)
+        self._scorer = Scorer(
+            loaded.model,
+            model_id=loaded.model_id,
+            tokenizer=loaded.tokenizer,
+            stepwise=options.stepwise,
+        )
         self._options = options
 
     def score(self, unit: Unit) -> Iterator[dict[str, Any]]:

@@ -90,13 +90,29 @@ class Scorer:
     Args:
         model: any that `KVCache` supports, in eval mode.
         model_id: its identity, for snapshots that go through a codec.
+        tokenizer: for policies that write text of their own.
         stepwise: feed answers token by token.
     """
 
     def __init__(
-        self, model: "PreTrainedModel", *, model_id: str | None = None, stepwise: bool = False
+        self,
+        model: "PreTrainedModel",
+        *,
+        model_id: str | None = None,
+        tokenizer: Any = None,
+        stepwise: bool = False,
     ) -> None:
         self._model, self._model_id, self._stepwise = model, model_id, stepwise
+        self._tokenizer = tokenizer
+
+    def _cache(self, policy: str | Policy, defer: Sequence[Policy] = ()) -> KVCache:
+        return KVCache(
+            self._model,
+            policy,
+            model_id=self._model_id,
+            defer=defer,
+            tokenizer=self._tokenizer,
+        )
 
     @torch.no_grad()
     def score(
@@ -134,7 +150,7 @@ class Scorer:
                 self._measure(policy, prompt) if probe and number == 0 else {}
                 for policy in policies
             ]
-            shared = KVCache(self._model, model_id=self._model_id, defer=policies)
+            shared = self._cache("full", defer=policies)
             self._prefill(shared, prompt)
             reference: list[Tensor] = []
             full_bytes = 0
@@ -167,7 +183,7 @@ class Scorer:
 
     def _measure(self, policy: Policy, prompt: Sequence[int]) -> dict[str, Any]:
         """Seconds and peaks of a prefill under one policy alone."""
-        cache = KVCache(self._model, policy, model_id=self._model_id)
+        cache = self._cache(policy)
         with _peaks(self._model, cache) as peaks:
             start = time.perf_counter()
             self._prefill(cache, prompt)

@@ -66,6 +66,11 @@ class Needs:
     step_keys: bool = False
     prefill_plans: bool = False
 
+    def __post_init__(self) -> None:
+        """Check that the flags fit."""
+        if self.probe and not self.whole_model:
+            raise ConfigError("a policy with extra passes decides for the whole model")
+
     @classmethod
     def union(cls, every: Sequence["Needs"]) -> "Needs":
         """What all of them need together; a flag is set if one sets it, numbers are the largest."""

@@ -19,6 +19,13 @@ from kvlib.plans import apply_plan
 
 __all__ = ["ChannelPolicy", "Composed", "compose"]
 
+_KINDS = {
+    "tokens": "policy that decides which tokens stay",
+    "allocator": "allocator",
+    "protect": "protector",
+    "channels": "policy that prunes channels",
+}
+
 
 class ChannelPolicy(PolicyBase):
     """A policy that decides once, at the end of the prompt, and only which channels are kept."""
@@ -112,14 +119,17 @@ class Composed(PolicyBase):
 
     def on_prefill_end(self, views: Sequence[LayerView]) -> Sequence[Plans]:
         """Which entries stay, then which channels of those."""
-        if isinstance(self.tokens, ScoredPolicy):
-            plans = self._scored(self.tokens, views)
-        else:
+        scorer = self._scorer
+        if scorer is None:
             plans = list(self.tokens.on_prefill_end(views))
+        else:
+            plans = self._scored(scorer, views)
         if self.channels is None:
             return plans
         left = [
-            replace(view, layer=apply_plan(view.layer, mine).layer) if mine else view
+            replace(view, layer=apply_plan(view.layer, mine, rope=view.rope).layer)
+            if mine
+            else view
             for view, mine in zip(views, plans, strict=True)
         ]
         pruned = self.channels.on_prefill_end(left)
@@ -129,18 +139,25 @@ class Composed(PolicyBase):
         """The token policy's business."""
         if not self.tokens.needs.steps:
             return [() for _ in views]
-        if not isinstance(self.tokens, ScoredPolicy):
+        scorer = self._scorer
+        if scorer is None:
             return self.tokens.on_step(views)
         for view in views:
-            self.tokens.observe(view)
-        return self._scored(self.tokens, views)
+            scorer.observe(view)
+        return self._scored(scorer, views)
+
+    @property
+    def _scorer(self) -> ScoredPolicy | None:
+        """The token policy if only its scores are wanted of it; None if it decides by itself."""
+        alone = self.allocator is None and self.protect is None
+        return None if alone or not isinstance(self.tokens, ScoredPolicy) else self.tokens
 
     def _scored(self, scorer: ScoredPolicy, views: Sequence[LayerView]) -> list[Plans]:
-        return plan_scored(scorer, self.allocator, self.protect, views)
+        return plan_scored(scorer, self.allocator or scorer.allocator, self.protect, views)
 
 
 def compose(parts: Sequence[Any]) -> Policy:
-    """One policy from the parts of a method, in the order they were written.
+    """One policy from the parts of a method, in whatever order they were written.
 
     Raises:
         ConfigError: two parts of one kind, or parts that do not fit.
@@ -156,9 +173,7 @@ def compose(parts: Sequence[Any]) -> Policy:
         if kind in given:
             raise ConfigError(
                 f"{given[kind].name!r} and {part.name!r} cannot work together: a method has one "
-                f"policy for {kind} (token policies do not chain)"
-                if kind in ("tokens", "channels")
-                else f"a method has one {kind}, got {given[kind].name!r} and {part.name!r}"
+                f"{_KINDS[kind]}; leave one of them out"
             )
         given[kind] = part
     if list(given) == ["tokens"] or list(given) == ["channels"]:

@@ -93,7 +93,7 @@ class Protect:
     def _mark(self, scores: Tensor, length: int, budget: int) -> None:
         sinks, window = self.within(budget)
         scores[:, length:] = -torch.inf
-        scores[:, :sinks] = torch.inf
+        scores[:, : min(sinks, length)] = torch.inf
         scores[:, max(length - window, 0) : length] = torch.inf
 
 
@@ -145,6 +145,11 @@ class ScoredPolicy(PolicyBase):
         """What stays anyway of so many entries, unless the method says otherwise."""
         return Protect()
 
+    @property
+    def allocator(self) -> Allocator | None:
+        """How heads share the budget, unless the method says otherwise; None for uniform."""
+        return None
+
     def observe(self, view: LayerView) -> None:
         """Take note of a forward, of the prompt or later, in `view.state`."""
 
@@ -159,7 +164,7 @@ class ScoredPolicy(PolicyBase):
 
     def on_prefill_end(self, views: Sequence[LayerView]) -> Sequence[Plans]:
         """The prompt down to the budget."""
-        return plan_scored(self, None, None, views)
+        return plan_scored(self, self.allocator, None, views)
 
     def on_step(self, views: Sequence[LayerView]) -> Sequence[Plans]:
         """As many as came go again, if the budget is full."""
@@ -167,7 +172,7 @@ class ScoredPolicy(PolicyBase):
             return [() for _ in views]
         for view in views:
             self.observe(view)
-        return plan_scored(self, None, None, views)
+        return plan_scored(self, self.allocator, None, views)
 
 
 def plan_scored(
