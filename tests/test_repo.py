@@ -231,7 +231,18 @@ def test_modules_stay_short(path):
 # Direction of imports
 
 FLOORS = (
-    {"artefacts", "blocks", "budget", "errors", "keys", "plans", "registry", "snapshots", "spec"},
+    {
+        "artefacts",
+        "blocks",
+        "budget",
+        "errors",
+        "keys",
+        "layer_kv",
+        "plans",
+        "registry",
+        "snapshots",
+        "spec",
+    },
     {"attention", "codecs", "eviction", "kernels", "store"},
     {
         "cache",
