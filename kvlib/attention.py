@@ -29,8 +29,10 @@ __all__ = [
     "Logits",
     "attend",
     "attend_batch",
+    "attention_at",
     "column_maxima",
     "column_sums",
+    "keys_only",
 ]
 
 BLOCK_ELEMENTS = 1 << 19
@@ -150,18 +152,64 @@ def column_sums(query: Tensor, layer: LayerKV, logits: Logits = PLAIN) -> Tensor
     return out
 
 
-def column_maxima(query: Tensor, layer: LayerKV, logits: Logits = PLAIN) -> Tensor:
+def column_maxima(
+    query: Tensor, layer: LayerKV, logits: Logits = PLAIN, *, own: bool = True
+) -> Tensor:
     """The most attention that any of the T queries pays to every entry.
+
+    Args:
+        query: see `attend`.
+        layer: see `attend`.
+        logits: see `attend`.
+        own: whether the rows end in the entries of the queries' own tokens. If not, every query
+            sees all entries and its softmax is over those alone.
 
     Returns:
         float32 [Hkv, G, S], like `column_sums`, which it equals for a single query.
+
+    Raises:
+        ShapeError: as `attend`, or a window without own entries, which say where a query stands.
     """
-    view = _View(query, layer, logits)
+    view = _View(query, layer, logits, own=own)
     out = query.new_zeros(view.heads, view.group, view.longest, dtype=torch.float32)
     for block in view.blocks():
         mine = out[block.head, :, : block.stop]
         torch.maximum(mine, block.weights.amax(-2), out=mine)
     return out
+
+
+def attention_at(query: Tensor, layer: LayerKV, columns: Tensor, logits: Logits = PLAIN) -> Tensor:
+    """The attention that every query pays to a few entries of its own.
+
+    Args:
+        query: see `attend`.
+        layer: see `attend`.
+        columns: int64 [T, n], for each query the indices of entries in every head's row.
+        logits: see `attend`.
+
+    Returns:
+        float32 [Hkv, G, T, n]; 0 for an entry that the query does not see.
+    """
+    view = _View(query, layer, logits)
+    shape = (view.heads, view.group, *columns.shape)
+    out = query.new_zeros(shape, dtype=torch.float32)
+    for block in view.blocks():
+        mine = columns[block.first : block.last]
+        index = mine.clamp(max=block.stop - 1).expand(*block.weights.shape[:2], -1, -1)
+        seen = block.weights.gather(-1, index)
+        out[block.head, :, block.first : block.last] = seen * (mine < block.stop)
+    return out
+
+
+def keys_only(layer_idx: int, keys: Tensor) -> LayerKV:
+    """A layer of keys [Hkv, S, D] without values: for statistics."""
+    positions = torch.arange(keys.shape[1], dtype=torch.int32, device=keys.device)
+    return LayerKV(
+        layer_idx=layer_idx,
+        keys=keys,
+        values=keys[..., :0],
+        positions=positions.expand(len(keys), -1),
+    )
 
 
 class _Block(NamedTuple):
@@ -177,7 +225,7 @@ class _Block(NamedTuple):
 class _View:
     """One call's query and layer, brought to [Hkv, G, T, C] and [Hkv, S, C]."""
 
-    def __init__(self, query: Tensor, layer: LayerKV, logits: Logits) -> None:
+    def __init__(self, query: Tensor, layer: LayerKV, logits: Logits, *, own: bool = True) -> None:
         self.query_heads, self.num_queries, width = query.shape
         self.heads = layer.num_kv_heads
         self.group, rest = divmod(self.query_heads, max(self.heads, 1))
@@ -194,13 +242,18 @@ class _View:
                 f"layer {layer.layer_idx}: queries are {query.dtype} of {width} channels, keys "
                 f"{layer.keys.dtype} of {layer.keys.shape[-1]}"
             )
-        if min(self.lengths, default=0) < self.num_queries:
+        if not own and logits.window is not None:
+            raise ShapeError(
+                f"layer {layer.layer_idx}: queries without entries of their own have no window"
+            )
+        if own and min(self.lengths, default=0) < self.num_queries:
             raise ShapeError(
                 f"layer {layer.layer_idx} holds {min(self.lengths, default=0)} entries in a row; "
                 f"expected at least the {self.num_queries} of the queries' own tokens"
             )
         self.layer = layer
         self.logits = logits
+        self.own = own
         self.scale = width**-0.5 if logits.scale is None else logits.scale
         self.dense = layer.is_dense
         self.bias = layer.log_weight
@@ -267,7 +320,7 @@ class _View:
             last = min(first + size, self.num_queries)
             queries = self.query[head, :, first:last].to(torch.float32) * self.scale
             stop = keys.shape[1]
-            if not self.synthetic:
+            if self.own and not self.synthetic:
                 stop += last - self.num_queries
             x = queries.flatten(1, 2) @ transposed[..., :stop]
             x = x.unflatten(1, (self.group, last - first))
@@ -304,6 +357,8 @@ class _View:
 
     def _mask(self, x: Tensor, first: int, last: int, stop: int, positions: Tensor | None) -> None:
         """Put -inf where a query may not look; `x` is [h, G, last - first, stop]."""
+        if not self.own:
+            return
         if positions is None:
             new = stop - (last - first)  # the block's own tokens are its last columns
             if last - first > 1:

@@ -59,6 +59,7 @@ class KVCache(Copyable, Cache):
         defer: policies to choose from once the prompt, a single pass, has been run: see `decided`.
         tokenizer: the model's, for policies that write text of their own behind the prompt.
         draft: a smaller model with the same token ids, for policies that let one look ahead.
+        patch: int64 [n], token ids that stand for the questions to come, for policies that ask.
 
     Raises:
         ConfigError: layers of another kind (named), or two codecs.
@@ -76,6 +77,7 @@ class KVCache(Copyable, Cache):
         defer: Sequence[Policy] = (),
         tokenizer: Any = None,
         draft: Any = None,
+        patch: Tensor | None = None,
         _restoring: bool = False,
     ) -> None:
         policy, codec = read_policy(policy, codec)
@@ -97,7 +99,7 @@ class KVCache(Copyable, Cache):
         self._sliding = [layer for layer in made if not isinstance(layer, EvictableLayer)]
         self._model = model
         resources = Resources(
-            model=model, tokenizer=tokenizer, draft=draft, identity=self._identity
+            model=model, tokenizer=tokenizer, draft=draft, patch=patch, identity=self._identity
         )
         for each in () if _restoring else (policy, *self._defer):
             each.check(resources)

@@ -249,6 +249,7 @@ class Copyable:
             model_id=self.model_id,
             tokenizer=self._probes.resources.tokenizer,
             draft=self._probes.resources.draft,
+            patch=self._probes.resources.patch,
         )
         twin._probes.copy_prompt(self._probes)
         _copy_into(twin.layers, self.layers)

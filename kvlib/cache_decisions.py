@@ -96,15 +96,16 @@ class Decisions:
                 self._view(layer, row, forward, removed[row], columns, signals, held)
                 for layer in layers
             ]
-            chunk: list[Plans] = []
             if not forward.is_step:
-                chunk = [self.policy.on_prefill_chunk(view) for view in views]
+                for view in views:
+                    self.policy.on_prefill_chunk(view)
             together = [views] if self._whole_model else [[view] for view in views]
             plans: list[Plans] = [() for _ in views]
-            if forward.ends_prefill and self._probe:
+            piece = self._prefill_plans and not (forward.is_step or forward.ends_prefill)
+            if self._probe and (piece or forward.ends_prefill):
                 probe(views, row)
-            if self._prefill_plans and not (forward.is_step or forward.ends_prefill):
-                plans = chunk
+            if piece:
+                plans = [plan for part in together for plan in self.policy.on_prefill_piece(part)]
             elif forward.ends_prefill:
                 plans = [plan for part in together for plan in self.policy.on_prefill_end(part)]
             elif forward.is_step and self._steps:

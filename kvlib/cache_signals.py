@@ -26,6 +26,9 @@ MAX_ROLLBACK = 128
 """Tokens of the newest forward pass that can be taken back while a rollback is being recorded."""
 
 
+_BY_ENTRY = ("sums", "maxima", "local")
+
+
 @dataclass(slots=True)
 class _Observed:
     """What is known of one layer of one sequence.
@@ -34,6 +37,7 @@ class _Observed:
         logits: how the layer makes logits.
         sums: column sums of the queries that cannot be taken back.
         maxima: column maxima of them.
+        local: column sums of them within a window.
         tail: [Hq, m, D], queries that can.
         window: [Hq, w + m, D], last queries of the prompt, or of a later pass.
         window_sums: the same as sums, where they came with the attention itself.
@@ -43,6 +47,7 @@ class _Observed:
     logits: Logits
     sums: Tensor | None = None
     maxima: Tensor | None = None
+    local: Tensor | None = None
     tail: Tensor | None = None
     window: Tensor | None = None
     window_sums: Tensor | None = None
@@ -50,7 +55,7 @@ class _Observed:
 
     def tensors(self) -> list[Tensor]:
         """All that are held."""
-        every = [self.sums, self.maxima, self.tail, self.window, self.window_sums]
+        every = [self.sums, self.maxima, self.local, self.tail, self.window, self.window_sums]
         if self.moments is not None:
             every += [self.moments.first, self.moments.second]
         return [x for x in every if x is not None]
@@ -81,10 +86,12 @@ class Collected(NamedTuple):
     """For a `LayerView`."""
 
     column_sums: Tensor | None = None
+    local_sums: Tensor | None = None
     window_sums: Tensor | None = None
     column_maxima: Tensor | None = None
     last_queries: Tensor | None = None
     query_moments: QueryMoments | None = None
+    logits: Logits = Logits()
 
 
 class Signals:
@@ -119,7 +126,8 @@ class Signals:
             return True
         if is_step:
             return needs.step_column_sums or needs.step_maxima
-        return needs.prefill_column_sums or needs.query_moments is not None
+        some = needs.prefill_column_sums or needs.prefill_local_sums > 0
+        return some or needs.query_moments is not None
 
     def come_with_attention(self, num: int) -> bool:
         """Whether the column sums of a step of `num` tokens are all that is wanted."""
@@ -171,7 +179,7 @@ class Signals:
             layer = held()
             late = _without_last(layer, loose) if loose else layer
             self._look(seen, query[:, :fixed], late, is_step=is_step)
-            for name in ("sums", "maxima"):
+            for name in _BY_ENTRY:
                 x = getattr(seen, name)
                 setattr(seen, name, None if x is None else torch.nn.functional.pad(x, (0, loose)))
         if window := self._window(is_step=is_step):
@@ -184,6 +192,10 @@ class Signals:
         if needs.step_column_sums if is_step else needs.prefill_column_sums:
             sums = column_sums(query, layer, seen.logits)
             seen.sums = sums if seen.sums is None else seen.sums + sums
+        if not is_step and needs.prefill_local_sums:
+            near = replace(seen.logits, window=needs.prefill_local_sums)
+            sums = column_sums(query, layer, near)
+            seen.local = sums if seen.local is None else seen.local + sums
         if is_step and needs.step_maxima:
             most = column_maxima(query, layer, seen.logits)
             seen.maxima = most if seen.maxima is None else torch.maximum(seen.maxima, most)
@@ -223,19 +235,19 @@ class Signals:
         if seen is None:
             return Collected()
         longest = max(held.lengths)
-        for name in ("sums", "maxima"):
+        for name in _BY_ENTRY:
             x = getattr(seen, name)
             setattr(seen, name, None if x is None else x[..., :longest])
         if seen.tail is not None and seen.tail.shape[1] > removed:
             late = seen.tail[:, : seen.tail.shape[1] - removed]
             self._look(seen, late, held, is_step=is_step)
-        sums, maxima = seen.sums, seen.maxima
-        seen.sums = seen.maxima = seen.tail = None
+        sums, maxima, local = seen.sums, seen.maxima, seen.local
+        seen.sums = seen.maxima = seen.local = seen.tail = None
         if in_prompt:
             if seen.window is not None:
                 left = seen.window[:, : seen.window.shape[1] - removed]
                 seen.window = left[:, -self._window(is_step=is_step) :]
-            return Collected(sums)
+            return Collected(sums, local, logits=seen.logits)
         del self._held[layer_idx, sequence]
         window, last = seen.window_sums, None
         if seen.window is not None and seen.window.shape[1] > removed:
@@ -247,7 +259,7 @@ class Signals:
             if needs.last_queries and not is_step:
                 last = left[:, -needs.last_queries :]
         moments = None if seen.moments is None else seen.moments.result()
-        return Collected(sums, window, maxima, last, moments)
+        return Collected(sums, local, window, maxima, last, moments, seen.logits)
 
     def fork(self, needs: Needs | None = None) -> "Signals":
         """A copy, perhaps for fewer needs; its tensors are shared: none is ever written to."""
@@ -256,6 +268,8 @@ class Signals:
         for seen in twin._held.values():
             if not twin._needs.prefill_column_sums:
                 seen.sums = None
+            if not twin._needs.prefill_local_sums:
+                seen.local = None
             if not twin._window(is_step=False):
                 seen.window = None
             if twin._needs.query_moments is None:

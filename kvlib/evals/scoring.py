@@ -264,12 +264,8 @@ def _evidence_kept(cache: KVCache, question: Question) -> float | None:
     for index in range(len(cache.layers)):
         if getattr(cache.layers[index], "is_sliding", False):
             continue
-        positions = cache.layer_kv(index).positions
-        if isinstance(positions, range):
-            shares.append(1.0)
-            continue
-        held = positions.cpu()[:, None, :] == wanted[None, :, None]
-        shares.append(held.any(-1).float().mean().item())
+        rows = cache.layer_kv(index).rows()
+        shares += [torch.isin(wanted, x.positions.cpu()).float().mean().item() for x in rows]
     return sum(shares) / len(shares) if shares else None
 
 

@@ -36,6 +36,8 @@ class Needs:
     Attributes:
         prefill_column_sums: attention that every entry receives from every query of the prompt.
         step_column_sums: the same from the queries of every later step.
+        prefill_local_sums: attention that every entry receives from the prompt's queries less than
+            this many positions behind it, in a softmax over those entries alone; 0 for none.
         query_window: attention received from this many last queries of the prompt.
         step_query_window: the same from the last queries of every later forward, which may have
             one token or many.
@@ -49,12 +51,13 @@ class Needs:
         steps: whether `on_step` is to be called at all; a policy that decides at the end of the
             prompt and then keeps everything says no, and costs nothing afterwards.
         step_keys: whether `on_step` reads whole keys: then no other policy may prune channels.
-        prefill_plans: whether `on_prefill_chunk` returns plans, and a prompt that comes in pieces
-            is evicted between them.
+        prefill_plans: whether a prompt that comes in pieces is evicted between them, by
+            `on_prefill_piece`; probes then run after every piece.
     """
 
     prefill_column_sums: bool = False
     step_column_sums: bool = False
+    prefill_local_sums: int = 0
     query_window: int = 0
     step_query_window: int = 0
     step_maxima: bool = False
@@ -97,6 +100,7 @@ class Needs:
                 self.step_column_sums,
                 self.step_maxima,
                 self.probe,
+                self.prefill_local_sums > 0,
                 self.query_window > 0,
                 self.step_query_window > 0,
                 self.last_queries > 0,
@@ -181,6 +185,7 @@ class LayerView:
         num_seen: tokens of the sequence, evicted ones included.
         column_sums: float32 [Hkv, G, S], attention received from this forward's queries; None if
             not asked for.
+        local_sums: float32 [Hkv, G, S], see `Needs.prefill_local_sums`; of this forward's queries.
         window_sums: float32 [Hkv, G, S], attention received from the last `query_window` queries of
             the prompt (fewer if it is shorter) at the end of the prefill, and from the last
             `step_query_window` queries of a later forward; None otherwise.
@@ -189,6 +194,7 @@ class LayerView:
         last_queries: [Hq, w, D], the last queries of the prompt, after the rotary embedding, at the
             end of the prefill.
         query_moments: at the end of the prefill.
+        logits: how the layer makes logits, where any signal was asked for.
         rope: rotary embedding of the layer, None if it has none.
         place: index among the layers that policies see.
         num_layers: how many those are.
@@ -200,10 +206,12 @@ class LayerView:
     num_prompt: int
     num_seen: int
     column_sums: Tensor | None = None
+    local_sums: Tensor | None = None
     window_sums: Tensor | None = None
     column_maxima: Tensor | None = None
     last_queries: Tensor | None = None
     query_moments: QueryMoments | None = None
+    logits: Logits = field(default_factory=Logits)
     rope: RopeSpec | None = None
     place: int = 0
     num_layers: int = 1
@@ -217,12 +225,14 @@ class Resources:
         model: the model that the cache is for.
         tokenizer: its tokenizer, or None.
         draft: a second, smaller model with the same token ids, or None.
+        patch: int64 [n], token ids that stand for the questions to come, or None.
         identity: gives what artefacts of this model are named by (`kvlib.artefacts`).
     """
 
     model: Any = None
     tokenizer: Any = None
     draft: Any = None
+    patch: Tensor | None = None
     identity: Callable[[], str] | None = None
 
 
@@ -287,11 +297,11 @@ class Policy(Protocol):
             ConfigError: naming the remedy.
         """
 
-    def on_prefill_chunk(self, view: LayerView) -> Plans:
-        """Take note of a forward of the prompt in `view.state`.
+    def on_prefill_chunk(self, view: LayerView) -> None:
+        """Take note of a forward of the prompt in `view.state`."""
 
-        Plans are carried out if `needs.prefill_plans` and more of the prompt follows.
-        """
+    def on_prefill_piece(self, views: Sequence[LayerView]) -> Sequence[Plans]:
+        """Plans after a piece of the prompt that more pieces follow: see `Needs.prefill_plans`."""
 
     def probes(self, prompt: Tensor, resources: Resources) -> Sequence[Tensor]:
         """Token ids, int64 [n] each, of the extra passes to run over the complete prompt.
@@ -300,7 +310,7 @@ class Policy(Protocol):
         behind. Asked for only if `needs.probe`.
 
         Args:
-            prompt: int64 [num_prompt], the token ids of one sequence.
+            prompt: int64 [num_prompt], the token ids of one sequence, as far as they have come.
             resources: what the cache was given.
         """
 

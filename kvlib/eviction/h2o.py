@@ -7,9 +7,12 @@ on growing in every step, and as soon as a head holds more than its budget the l
 outside the recent part is dropped: one per step of one token.
 
 The prompt is processed densely and evicted once at its end, with the sums over all its queries, as
-in the authors' code that really drops entries. Scores of the query heads that share a KV head are
-added up. Early tokens have had more queries than late ones, and sums are not normalised for that:
-so the method is defined.
+in the authors' code that really drops entries. With `prefill=streaming`, a prompt that comes in
+pieces is evicted after each of them, as after a step; with pieces of one token that is algorithm 1
+to the letter.
+
+Scores of the query heads that share a KV head are added up. Early tokens have had more queries than
+late ones, and sums are not normalised for that: so the method is defined.
 """
 
 import math
@@ -22,7 +25,7 @@ from torch import Tensor
 from kvlib.errors import ConfigError
 from kvlib.eviction.base import About, LayerView, Needs
 from kvlib.eviction.scored import Protect, ScoredPolicy
-from kvlib.eviction.select import check_budget, keeps_all, reduce_group
+from kvlib.eviction.select import by_entry, by_row, check_budget, keeps_all, reduce_group
 
 __all__ = ["H2O"]
 
@@ -35,10 +38,13 @@ class H2O(ScoredPolicy):
         budget: entries per head: a fraction of the prompt or a number of tokens.
         recent: share of the budget for the most recent entries, the current token included;
             rounded up to whole entries.
+        prefill: dense or streaming. Streaming needs a budget in tokens, and
+            ``KVCache(..., prefill_chunk_size=)`` for pieces.
     """
 
     budget: float | int = 0.5
     recent: float = 0.5
+    prefill: str = "dense"
     name: ClassVar[str] = "h2o"
     version: ClassVar[int] = 1
     status: ClassVar[str] = "stable"
@@ -68,12 +74,23 @@ class H2O(ScoredPolicy):
         check_budget(self.name, self.budget)
         if not 0 <= self.recent <= 1:
             raise ConfigError(f"h2o: recent is a share in [0, 1], got {self.recent}")
+        if self.prefill not in ("dense", "streaming"):
+            raise ConfigError(f"h2o: prefill is dense or streaming, got {self.prefill!r}")
+        if self.prefill == "streaming" and isinstance(self.budget, float) and self.budget < 1:
+            raise ConfigError(
+                f"h2o: prefill=streaming evicts before the prompt's length is known: give the "
+                f"budget in tokens, not {self.budget}"
+            )
 
     @property
     def needs(self) -> Needs:
         """Column sums, always."""
         wanted = not keeps_all(self.budget)
-        return Needs(prefill_column_sums=wanted, step_column_sums=wanted)
+        return Needs(
+            prefill_column_sums=wanted,
+            step_column_sums=wanted,
+            prefill_plans=wanted and self.prefill == "streaming",
+        )
 
     def protected(self, budget: int) -> Protect:
         """The most recent entries."""
@@ -84,10 +101,10 @@ class H2O(ScoredPolicy):
         """Add what the pass's queries looked at."""
         if view.column_sums is None:
             return
-        received = reduce_group(view.column_sums, "sum")
+        received = by_entry(reduce_group(view.column_sums, "sum"), view.layer)
         scores = view.state.entries.get("scores")
         view.state.entries["scores"] = received if scores is None else scores + received
 
     def scores(self, view: LayerView) -> Tensor:
         """Attention received so far."""
-        return view.state.entries["scores"]
+        return by_row(view.state.entries["scores"], view.layer)

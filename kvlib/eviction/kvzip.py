@@ -17,19 +17,19 @@ template's beginning unscored; here they are repeated like all others.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from kvlib.attention import column_maxima
-from kvlib.blocks import LayerKV
+from kvlib.attention import column_maxima, keys_only
 from kvlib.budget import round_budget
 from kvlib.errors import ConfigError
 from kvlib.eviction.base import About, LayerView, Needs, ProbeView, Resources
 from kvlib.eviction.joint import Joint
 from kvlib.eviction.scored import Allocator, Protect, ScoredPolicy
 from kvlib.eviction.select import check_budget, keeps_all
+from kvlib.eviction.words import end_of_turn, token_ids
 
 __all__ = ["KVzip"]
 
@@ -120,8 +120,8 @@ class KVzip(ScoredPolicy):
             parts = [chunk]
             if self.instruct:
                 before = chunks[index - 1][-_OVERLAP:] if index else prompt[:0]
-                request = _tokens(resources.tokenizer, _LATER if index else _FIRST)
-                ending = _tokens(resources.tokenizer, _end_of_turn(resources.tokenizer))
+                request = token_ids(resources.tokenizer, _LATER if index else _FIRST)
+                ending = token_ids(resources.tokenizer, end_of_turn(resources.tokenizer))
                 parts = [request.to(chunk), before, ending.to(chunk), chunk]
             out.append(torch.cat(parts))
         return out
@@ -133,13 +133,7 @@ class KVzip(ScoredPolicy):
         stop = min(start + self.chunk, view.num_prompt)
         sinks = min(self.sinks, start)
         near = torch.cat([layer.keys[:, :sinks], layer.keys[:, start:stop], view.keys], dim=1)
-        positions = torch.arange(near.shape[1], dtype=torch.int32, device=near.device)
-        seen = LayerKV(
-            layer_idx=layer.layer_idx,
-            keys=near,
-            values=near[..., :0],
-            positions=positions.expand(len(near), -1),
-        )
+        seen = keys_only(layer.layer_idx, near)
         most = column_maxima(view.query, seen, replace(view.logits, window=None)).amax(1)
         scores = view.state.entries.get("scores")
         if scores is None:
@@ -148,20 +142,5 @@ class KVzip(ScoredPolicy):
         scores[:, start:stop] = most[:, sinks : sinks + stop - start]
 
     def scores(self, view: LayerView) -> Tensor:
-        """The most attention that each entry got; asked for once, and then forgotten."""
-        return view.state.entries.pop("scores")
-
-
-def _tokens(tokenizer: Any, text: str) -> Tensor:
-    return torch.tensor(tokenizer.encode(text, add_special_tokens=False), dtype=torch.int64)
-
-
-def _end_of_turn(tokenizer: Any) -> str:
-    """What a chat template writes between a user's text and the answer; a line break without."""
-    if getattr(tokenizer, "chat_template", None) is None:
-        return "\n"
-    mark = "#" * 13
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": mark}], add_generation_prompt=True, tokenize=False
-    )
-    return str(text).rpartition(mark)[2]
+        """The most attention that each entry got."""
+        return view.state.entries["scores"]

@@ -30,9 +30,12 @@ class PolicyBase:
     def check(self, resources: Resources) -> None:
         """Any model will do."""
 
-    def on_prefill_chunk(self, view: LayerView) -> Plans:
+    def on_prefill_chunk(self, view: LayerView) -> None:
         """Nothing to note."""
-        return ()
+
+    def on_prefill_piece(self, views: Sequence[LayerView]) -> Sequence[Plans]:
+        """No plans."""
+        return [() for _ in views]
 
     def probes(self, prompt: Tensor, resources: Resources) -> Sequence[Tensor]:
         """No extra passes."""
@@ -157,10 +160,13 @@ class ScoredPolicy(PolicyBase):
         """Entries per head that the budget means; None for all."""
         return tokens_to_keep(view, self.budget)
 
-    def on_prefill_chunk(self, view: LayerView) -> Plans:
+    def on_prefill_chunk(self, view: LayerView) -> None:
         """Take note."""
         self.observe(view)
-        return ()
+
+    def on_prefill_piece(self, views: Sequence[LayerView]) -> Sequence[Plans]:
+        """Down to the budget, if pieces are evicted at all."""
+        return self.on_prefill_end(views)
 
     def on_prefill_end(self, views: Sequence[LayerView]) -> Sequence[Plans]:
         """The prompt down to the budget."""
@@ -215,4 +221,7 @@ def plan_scored(
         if any(n > budget for n, budget in zip(lengths, mine, strict=True)):
             guard = protect or scorer.protected(target)
             plans[i] = plan_highest(guard.mark(scores, lengths, mine), lengths, mine)
+    if not scorer.needs.steps:  # what was noted of the prompt has served its purpose
+        for view in views:
+            view.state.entries.clear()
     return plans

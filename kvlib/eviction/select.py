@@ -6,10 +6,13 @@ is the earlier token, stays.
 """
 
 from collections.abc import Sequence
+from fractions import Fraction
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from kvlib.blocks import LayerKV
 from kvlib.budget import round_budget
 from kvlib.errors import ConfigError
 from kvlib.eviction.base import LayerView, Plans
@@ -17,6 +20,8 @@ from kvlib.plans import KeepTokens
 
 __all__ = [
     "GROUP_REDUCERS",
+    "by_entry",
+    "by_row",
     "check_budget",
     "check_group",
     "keep_highest",
@@ -81,6 +86,20 @@ def reduce_group(scores: Tensor, group: str) -> Tensor:
     return scores.mean(1) if group == "mean" else scores.sum(1)
 
 
+def by_entry(x: Tensor, layer: LayerKV) -> Tensor:
+    """From [Hkv, S] to one number for each entry, in the layer's own form."""
+    if layer.is_dense:
+        return x
+    return torch.cat([row[:n] for row, n in zip(x, layer.lengths, strict=True)])
+
+
+def by_row(x: Tensor, layer: LayerKV) -> Tensor:
+    """From one number for each entry to [Hkv, S], with zeros behind shorter rows."""
+    if layer.is_dense:
+        return x
+    return pad_sequence(x.split(list(layer.lengths)), batch_first=True)
+
+
 def keep_highest(scores: Tensor, num: int) -> Tensor:
     """Indices [Hkv, num] of the highest scores [Hkv, S] of each head, ascending."""
     held = scores.shape[1]
@@ -116,16 +135,16 @@ def plan_highest(scores: Tensor, lengths: Sequence[int], budgets: Sequence[int])
     return (KeepTokens(tuple(rows)),)
 
 
-def largest_remainder(shares: Sequence[float], total: int) -> list[int]:
+def largest_remainder(shares: Sequence[float | Fraction], total: int) -> list[int]:
     """Whole numbers proportional to `shares` that sum to `total`.
 
     Each share is rounded down; what is left goes to the largest remainders, of equal ones to the
-    first.
+    first. Nothing is rounded before that, or equal remainders would not be seen as such.
     """
-    whole = sum(shares)
-    if whole <= 0:
-        shares, whole = [1.0] * len(shares), float(len(shares))
-    exact = [share / whole * total for share in shares]
+    given = [Fraction(share) for share in shares]
+    if sum(given) <= 0:
+        given = [Fraction(1)] * len(given)
+    exact = [share * total / sum(given) for share in given]
     parts = [int(x) for x in exact]
     order = sorted(range(len(parts)), key=lambda i: (parts[i] - exact[i], i))
     for i in order[: total - sum(parts)]:

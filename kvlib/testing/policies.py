@@ -354,7 +354,8 @@ class PolicyContract:
         whole, expected = self.run([prompt])
         cache = KVCache(model, self.policy(_BUDGET), prefill_chunk_size=chunk)
         logits = torch.cat([_forward(model, cache, x) for x in prompt.split(chunk, 1)], dim=1)
-        _assert_close(logits, expected[0], 40)
+        if not cache.policy.needs.prefill_plans:  # else later pieces do not see all
+            _assert_close(logits, expected[0], 40)
         if told:
             cache.end_prefill()
         if told or 40 % chunk:

@@ -109,9 +109,13 @@ class Recorder(PolicyBase):
         """The other's, and every step, to take notes of it."""
         return replace(self._policy.needs, steps=True)
 
-    def on_prefill_chunk(self, view: LayerView) -> Plans:
+    def on_prefill_chunk(self, view: LayerView) -> None:
         """Pass it on."""
-        return self._policy.on_prefill_chunk(view)
+        self._policy.on_prefill_chunk(view)
+
+    def on_prefill_piece(self, views: Sequence[LayerView]) -> Sequence[Plans]:
+        """Pass it on."""
+        return self._policy.on_prefill_piece(views)
 
     def probes(self, prompt: Tensor, resources: Resources) -> Sequence[Tensor]:
         """Pass it on."""
