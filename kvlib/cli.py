@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from kvlib.calibration.cli import app as calibrate_app
 from kvlib.errors import KVLibError
 from kvlib.evals.cli import app as eval_app
 
@@ -22,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(eval_app, name="eval")
+app.add_typer(calibrate_app, name="calibrate")
 console = Console()
 
 

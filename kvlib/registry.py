@@ -238,10 +238,13 @@ def describe(plugin: Any) -> str:
     """The canonical method string of a plug-in: every parameter given, in the order of its fields.
 
     Text is part of storage identities, so equal objects have equal text, and it can be read back.
+    Of a composition, which has `parts`, it is theirs joined by ``+``.
 
     Raises:
         ConfigError: a value that no method string can hold.
     """
+    if composed := getattr(plugin, "parts", ()):
+        return "+".join(describe(part) for part in composed)
     parts = [f"{f.name}={_value_text(plugin, f.name, f.type)}" for f in fields(plugin) if f.init]
     return f"{plugin.name}:{','.join(parts)}" if parts else str(plugin.name)
 

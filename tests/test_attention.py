@@ -10,7 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import kvlib.attention
-from kvlib.attention import Logits, attend, column_sums
+from kvlib.attention import Logits, attend, attention_at, column_maxima, column_sums
 from kvlib.blocks import LayerKV, Row
 from kvlib.errors import ShapeError
 
@@ -290,6 +290,53 @@ def test_column_sums_of_the_last_queries():
 
 
 # Blocks
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("elements", [1 << 19, 20])
+def test_attention_at_chosen_entries(form, elements, monkeypatch):
+    """Each query's attention where it was asked for; over all queries that is the column sums."""
+    monkeypatch.setattr(kvlib.attention, "BLOCK_ELEMENTS", elements)
+    new = 5
+    layer = random_layer(form, heads=2, old=7, new=new)
+    query = random_query(6, new)
+    logits = Logits(softcap=3.0)
+    every = torch.arange(max(layer.lengths)).expand(new, -1)
+    seen = attention_at(query, layer, every, logits)
+    assert seen.shape == (2, 3, new, max(layer.lengths))
+    torch.testing.assert_close(seen.sum(-1), torch.ones(2, 3, new))
+    torch.testing.assert_close(seen.sum(-2), column_sums(query, layer, logits))
+    for i in range(new):
+        assert not seen[0, :, i, layer.lengths[0] - new + i + 1 :].any()  # later tokens
+    few = torch.tensor([[0, 3], [1, 1], [8, 7], [2, 11], [11, 0]])
+    chosen = seen.gather(-1, few.expand(2, 3, -1, -1))
+    torch.testing.assert_close(attention_at(query, layer, few, logits), chosen)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("elements", [1 << 19, 20])
+@pytest.mark.parametrize("synthetic", [0, 2])
+def test_maxima_of_queries_without_entries_of_their_own(form, elements, synthetic, monkeypatch):
+    """Every query sees all entries, however many it has beside it, and nothing else."""
+    monkeypatch.setattr(kvlib.attention, "BLOCK_ELEMENTS", elements)
+    weights = form != "range"
+    layer = random_layer(
+        form, heads=2, old=3, new=1, weights=weights, synthetic=synthetic if weights else 0
+    )
+    query = random_query(6, 9)  # more than there are entries
+    found = column_maxima(query, layer, Logits(softcap=3.0), own=False)
+    assert found.shape == (2, 3, max(layer.lengths))
+    for head in range(6):
+        row = layer.row(head // 3)
+        x = query[head].double() @ row.keys.double().T / math.sqrt(8)
+        best = (3 * torch.tanh(x / 3) + row.weights()).softmax(-1).amax(0)
+        mine = found[head // 3, head % 3]
+        torch.testing.assert_close(mine[: len(best)].double(), best, rtol=1e-5, atol=1e-6)
+        assert not mine[len(best) :].any()
+    with pytest.raises(ShapeError, match="at least the 9"):
+        column_maxima(query, layer)
+    with pytest.raises(ShapeError, match="have no window"):
+        column_maxima(query, layer, Logits(window=4), own=False)
 
 
 @pytest.mark.parametrize("elements", [1, 37, 300])

@@ -225,6 +225,17 @@ def test_describe_reads_back(toy):
     assert describe(registry.build(text)) == text
 
 
+def test_describe_joins_the_parts_of_a_composition():
+    """What has parts is described by them, whatever its own fields are."""
+
+    @dataclass(frozen=True)
+    class Pair:
+        parts: tuple
+        name: str = "pair"
+
+    assert describe(Pair((Bare(), Toy()))) == f"bare+{describe(Toy())}"
+
+
 def test_describe_gives_every_parameter():
     """Defaults are written too, in the order of the fields; without fields it is the name."""
     assert describe(Toy()) == (

@@ -252,12 +252,13 @@ FLOORS = (
         "cache_probe",
         "cache_signals",
         "cache_copies",
+        "episodes",
         "model_hooks",
         "model_spec",
         "prefix",
         "tiered",
     },
-    {"calibration", "cli", "connectors", "demo", "evals", "kvlib", "pages", "smollm2", "testing"},
+    {"calibration", "cli", "connectors", "demo", "evals", "kvlib", "pages", "policy_docs", "smollm2", "testing"},
 )
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 DECISIONS = {

@@ -19,6 +19,7 @@ from torch import Tensor
 from kvlib.artefacts import Artefact, model_identity, save_artefact
 from kvlib.cache import KVCache
 from kvlib.cache_layers import EvictableLayer
+from kvlib.calibration.text import sample_prompt
 from kvlib.errors import ConfigError
 from kvlib.eviction.lazy import Lazy
 from kvlib.model_spec import spec_for_model
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 __all__ = ["calibrate", "percentile_80"]
 
 _WITHOUT_END = 2**31 - 1  # tokens: nothing is evicted, everything is observed
-_CHARACTERS = 16  # of text for each token asked for; few tokens are longer
 
 
 def calibrate(
@@ -79,7 +79,7 @@ def calibrate(
     generator = torch.Generator().manual_seed(seed)
     counts = torch.zeros(new_tokens + 1, dtype=torch.int64)
     for done in range(1, samples + 1):
-        prompt = _prompt(model, tokenizer, tokens, generator)
+        prompt = sample_prompt(model, tokenizer, tokens, generator)
         for found in _intervals(model, prompt, policy, new_tokens):
             counts += torch.bincount(found.flatten().cpu(), minlength=new_tokens + 1)
         progress(done, samples)
@@ -116,28 +116,6 @@ def percentile_80(counts: Tensor) -> int:
         )
     enough = 5 * active.cumsum(0) >= 4 * total
     return 1 + int(enough.nonzero()[0, 0])
-
-
-def _prompt(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase | None",
-    num: int,
-    generator: torch.Generator,
-) -> Tensor:
-    """Int64 [1, num]: a piece of text from anywhere, or random tokens."""
-    if tokenizer is None:
-        size = model.config.get_text_config(decoder=True).vocab_size
-        return torch.randint(0, size, (1, num), generator=generator)
-    from kvlib.demo.prompt import demo_text
-
-    text = demo_text()
-    last = max(len(text) - _CHARACTERS * num, 0)
-    start = int(torch.randint(0, last + 1, (), generator=generator))
-    piece = text[start : start + _CHARACTERS * num]
-    ids = tokenizer(piece, truncation=True, max_length=num)["input_ids"]
-    if len(ids) < num:
-        raise ConfigError(f"a piece of the text has {len(ids)} tokens; {num} were asked for")
-    return torch.tensor([ids])
 
 
 @torch.no_grad()

@@ -7,11 +7,15 @@ the layer's budget; a head's share is how many of the winners are its own. It is
 the uniform share by `floor`: (1 - floor) * won + floor * uniform, so that no head is left without.
 
 The paper rounds each head's number by itself and may lose or gain entries; here largest remainders
-are rounded up, and a layer keeps exactly its budget.
+are rounded up, and a layer keeps exactly its budget: of equal remainders the first head's. Of equal
+scores the earlier head's wins. Where rows differ in length already, a head is never given more than
+it holds.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import accumulate
 from typing import ClassVar
 
 import torch
@@ -22,7 +26,7 @@ from kvlib.eviction.base import LayerView
 from kvlib.eviction.scored import Protect
 from kvlib.eviction.select import largest_remainder
 
-__all__ = ["AdaKV", "count_winners"]
+__all__ = ["AdaKV", "share_out"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,50 +62,62 @@ class AdaKV:
     ) -> list[list[int]]:
         """See `Allocator`."""
         return [
-            self._share(view.layer.lengths, mine, n, protect)
-            for view, mine, n in zip(views, scores, budgets, strict=True)
+            share_out([view], [mine], [budget], protect, self.floor)[0]
+            for view, mine, budget in zip(views, scores, budgets, strict=True)
         ]
 
-    def _share(
-        self, lengths: Sequence[int], scores: Tensor, budget: int, protect: Protect
-    ) -> list[int]:
-        sinks, window = protect.within(budget)
-        free = budget - sinks - window
-        heads = len(lengths)
-        won = count_winners([(scores, lengths)], (sinks, window), heads * free)[0]
-        shares = [(1 - self.floor) * n + self.floor * free for n in won]
-        return [sinks + window + n for n in largest_remainder(shares, sum(won))]
 
-
-def count_winners(
-    layers: Sequence[tuple[Tensor, Sequence[int]]], protected: tuple[int, int], total: int
+def share_out(
+    views: Sequence[LayerView],
+    scores: Sequence[Tensor],
+    budgets: Sequence[int],
+    protect: Protect,
+    floor: float,
 ) -> list[list[int]]:
-    """How many of the `total` highest unprotected scores of all heads are each head's own.
+    """Entries to keep of each head, [layers][Hkv], where all heads of the layers compete together.
 
-    Ties go to the earlier layer, then head, then entry.
-
-    Args:
-        layers: scores [Hkv, S] and the length of each row, by layer.
-        protected: first and last entries of each row that do not compete.
-        total: winners; all entries win if there are fewer.
-
-    Returns:
-        [layers][Hkv].
+    They sum to what the budgets sum to, or to all there is. The arguments are those of
+    `Allocator.allocate`, and the share of the uniform budget that every head gets anyway.
     """
-    sinks, window = protected
-    rows = [
-        scores[h, sinks : max(n - window, sinks)]
-        for scores, lengths in layers
-        for h, n in enumerate(lengths)
+    rivals, kept, even = [], [], []
+    for view, mine, budget in zip(views, scores, budgets, strict=True):
+        lengths = view.layer.lengths
+        sinks, window = protect.within(budget)
+        rows = [row[sinks : max(n - window, sinks)] for row, n in zip(mine, lengths, strict=True)]
+        safe = [n - len(row) for row, n in zip(rows, lengths, strict=True)]
+        free = min(budget * len(lengths), sum(lengths)) - sum(safe)
+        even += even_shares([len(row) for row in rows], free)
+        rivals += rows
+        kept += safe
+    total = int(sum(even))
+    part = Fraction(str(floor))  # the decimal as it is written
+    won = count_winners(rivals, total)
+    shares = [(1 - part) * n + part * same for n, same in zip(won, even, strict=True)]
+    counts = [n + more for n, more in zip(kept, largest_remainder(shares, total), strict=True)]
+    ends = accumulate(view.layer.num_kv_heads for view in views)
+    return [
+        counts[end - view.layer.num_kv_heads : end] for view, end in zip(views, ends, strict=True)
     ]
-    flat = torch.cat(rows)
-    owner = torch.repeat_interleave(
-        torch.arange(len(rows)), torch.tensor([len(row) for row in rows])
-    ).to(flat.device)
-    order = torch.sort(flat, descending=True, stable=True).indices[:total]
-    counts = torch.bincount(owner[order], minlength=len(rows)).tolist()
-    out = []
-    for _, lengths in layers:
-        out.append(counts[: len(lengths)])
-        counts = counts[len(lengths) :]
-    return out
+
+
+def even_shares(available: Sequence[int], total: int) -> list[Fraction]:
+    """Equal shares of `total`, but none larger than what is available."""
+    shares = [Fraction(0)] * len(available)
+    left = Fraction(total)
+    for done, i in enumerate(sorted(range(len(available)), key=lambda i: available[i])):
+        shares[i] = min(Fraction(available[i]), left / (len(available) - done))
+        left -= shares[i]
+    return shares
+
+
+def count_winners(rows: Sequence[Tensor], total: int) -> list[int]:
+    """How many of the `total` highest scores are each row's own.
+
+    Of equal scores the one in the earlier row wins, of one row's the earlier.
+    """
+    flat = torch.cat(list(rows))
+    sizes = torch.tensor([len(row) for row in rows])
+    owner = torch.repeat_interleave(torch.arange(len(rows)), sizes).to(flat.device)
+    winners = torch.sort(flat, descending=True, stable=True).indices[:total]
+    counts: list[int] = torch.bincount(owner[winners], minlength=len(rows)).tolist()
+    return counts

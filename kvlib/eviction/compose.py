@@ -105,9 +105,15 @@ class Composed(PolicyBase):
             if part is not None:
                 part.check(resources)
 
-    def on_prefill_chunk(self, view: LayerView) -> Plans:
+    def on_prefill_chunk(self, view: LayerView) -> None:
         """The token policy's business."""
-        return self.tokens.on_prefill_chunk(view)
+        self.tokens.on_prefill_chunk(view)
+
+    def on_prefill_piece(self, views: Sequence[LayerView]) -> Sequence[Plans]:
+        """The token policy's business."""
+        if isinstance(self.tokens, ScoredPolicy):
+            return self._scored(self.tokens, views)
+        return self.tokens.on_prefill_piece(views)
 
     def probes(self, prompt: Tensor, resources: Resources) -> Sequence[Tensor]:
         """The token policy's business."""

@@ -4,21 +4,19 @@
 An allocator, for scorers whose numbers compare between layers (arXiv 2505.23416, non-uniform
 head budgets): the highest-scored entries of the whole model stay, wherever they are. Protected ones
 stay in every head and do not compete. With `floor`, a head's number is drawn towards the uniform
-share as in `adakv`.
+share as in `adakv`. Of equal scores the earlier layer's wins, then the earlier head's.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import ClassVar
 
 from torch import Tensor
 
 from kvlib.errors import ConfigError
-from kvlib.eviction.adakv import count_winners
+from kvlib.eviction.adakv import share_out
 from kvlib.eviction.base import LayerView
 from kvlib.eviction.scored import Protect
-from kvlib.eviction.select import largest_remainder
 
 __all__ = ["Joint"]
 
@@ -54,20 +52,4 @@ class Joint:
         protect: Protect,
     ) -> list[list[int]]:
         """See `Allocator`."""
-        sinks, window = protect.within(min(budgets))
-        kept = sinks + window
-        layers = [(mine, view.layer.lengths) for view, mine in zip(views, scores, strict=True)]
-        uniform = [
-            n - kept for view, n in zip(views, budgets, strict=True) for _ in view.layer.lengths
-        ]
-        won = list(chain(*count_winners(layers, (sinks, window), sum(uniform))))
-        shares = [
-            (1 - self.floor) * n + self.floor * even for n, even in zip(won, uniform, strict=True)
-        ]
-        counts = [kept + n for n in largest_remainder(shares, sum(won))]
-        out = []
-        for view in views:
-            heads = view.layer.num_kv_heads
-            out.append(counts[:heads])
-            counts = counts[heads:]
-        return out
+        return share_out(views, scores, budgets, protect, self.floor)

@@ -12,8 +12,10 @@ uniform budget where the prompt is shorter than 2(M - w); here the layers' numbe
 exactly L * M.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import ClassVar
 
 from torch import Tensor
@@ -42,7 +44,7 @@ class Pyramid:
 
     def __post_init__(self) -> None:
         """Check the parameters."""
-        if self.beta < 1:
+        if not 1 <= self.beta < math.inf:
             raise ConfigError(f"pyramid: beta must be 1 or more, got {self.beta}")
 
     @property
@@ -74,12 +76,11 @@ class Pyramid:
             available: entries that there are.
             num_layers: L.
         """
-        last = average / self.beta
-        first = 2 * average - last
-        if first > available:
-            first, last = float(available), max(2.0 * average - available, 0.0)
         if num_layers == 1:
             return [average]
+        last = average / Fraction(str(self.beta))  # the decimal as it is written
+        first = min(2 * average - last, Fraction(available))
+        last = 2 * average - first
         step = (first - last) / (num_layers - 1)
         slope = [first - step * place for place in range(num_layers)]
         return largest_remainder(slope, average * num_layers)

@@ -7,6 +7,7 @@ import torch
 import kvlib
 from kvlib.errors import ConfigError
 from kvlib.eviction import POLICIES, Needs, build_policy
+from kvlib.eviction.compose import own_params
 from kvlib.eviction.h2o import H2O
 from kvlib.eviction.snapkv import SnapKV
 from kvlib.eviction.streaming import Streaming
@@ -19,8 +20,10 @@ def ids(n, batch=1, seed=0):
 
 def methods():
     budgets = ("0.5", "0.25", "7")
-    names = [name for name in POLICIES.names() if name != "full"]
-    return ["full", *(f"{name}:budget={budget}" for name in names for budget in budgets)]
+    names = [name for name in POLICIES.names() if "budget" in own_params(POLICIES.get(name))]
+    more = {"lazy": ",window=4", "kvzip": ",instruct=false"}
+    every = [f"{name}:budget={b}{more.get(name, '')}" for name in names for b in budgets]
+    return ["full", "razor:heads=0.1,s0=5", *every]
 
 
 class EveryLayerTogether(H2O):
