@@ -11,7 +11,8 @@ from torch import Tensor
 
 from kvlib.blocks import KVBlock, LayerKV
 from kvlib.cache_columns import Columns, NewColumns
-from kvlib.cache_layers import EvictableLayer, LayerRow
+from kvlib.cache_layers import EvictableLayer
+from kvlib.cache_rows import LayerRow
 from kvlib.errors import (
     CodecError,
     ConfigError,
@@ -250,6 +251,7 @@ class Copyable:
             tokenizer=self._probes.resources.tokenizer,
             draft=self._probes.resources.draft,
             patch=self._probes.resources.patch,
+            _restoring=policy is self.policy,  # it was checked when this cache was made
         )
         twin._probes.copy_prompt(self._probes)
         _copy_into(twin.layers, self.layers)

@@ -8,7 +8,8 @@ import torch
 
 from kvlib.blocks import LayerKV
 from kvlib.cache_columns import Columns, NewColumns
-from kvlib.cache_layers import EvictableLayer, LayerRow, extend_entries
+from kvlib.cache_layers import EvictableLayer
+from kvlib.cache_rows import LayerRow, extend_entries
 from kvlib.cache_signals import Signals
 from kvlib.errors import ConfigError
 from kvlib.eviction import build_policy

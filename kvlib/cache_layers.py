@@ -9,7 +9,6 @@ kept. It never goes back.
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -21,212 +20,13 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
 )
 
-from kvlib.blocks import SYNTHETIC, LayerKV
+from kvlib.blocks import LayerKV
+from kvlib.cache_rows import LayerRow
 from kvlib.errors import ConfigError
-from kvlib.eviction.base import LayerState, Plans
+from kvlib.eviction.base import LayerState
 from kvlib.model_spec import layer_specs
-from kvlib.plans import Demote, KeepTokens, apply_plan, other_channels
-from kvlib.spec import RopeSpec
 
-__all__ = ["EvictableLayer", "LayerRow", "alone", "extend_entries", "layer_of", "make_layers"]
-
-SLACK = 64
-"""Most entries that a growing row allocates ahead, so that most steps copy nothing."""
-
-
-class LayerRow:
-    """One layer of one sequence: a `LayerKV` that can grow and be cut down, and policy state."""
-
-    def __init__(self, layer: LayerKV, state: LayerState) -> None:
-        self.layer = layer
-        self.state = state
-        self._buffers: tuple[Tensor, Tensor, Tensor] | None = None
-        self._shrinks = False  # was cut down since it last grew: slack would be wasted
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held, space to grow and policy state included."""
-        if self._buffers is None:
-            return self.layer.nbytes + self.state.nbytes
-        weights = self.layer.log_weight, self.layer.channels, self.layer.rest
-        held = [*self._buffers, *(x for x in weights if x is not None)]
-        return sum(x.numel() * x.element_size() for x in held) + self.state.nbytes
-
-    def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        """Add new tokens to every head: keys [Hkv, T, D], values [Hkv, T, Dv], int32 [T]."""
-        if not len(positions):
-            return
-        layer = self.layer
-        rest = None
-        if layer.channels is not None:
-            others = other_channels(layer.channels, keys.shape[-1])
-            if layer.rest is not None:
-                rest = torch.cat([layer.rest, _gather_channels(keys, others)], dim=1)
-            keys = _gather_channels(keys, layer.channels)
-        if layer.is_dense and layer.log_weight is None and isinstance(layer.positions, Tensor):
-            self._append_dense(keys, values, positions)
-        else:
-            self._append_rows(keys, values, positions)
-        if rest is not None:
-            self.layer = replace(self.layer, rest=rest)
-
-    def _append_rows(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        """Into rows that are not equally long, or have weights: one copy of everything."""
-        layer = self.layer
-        old = layer.positions_tensor()
-        weighted = layer.log_weight is not None
-        cuts, start = [], 0
-        for head, n in enumerate(layer.lengths):
-            real = n
-            if weighted:  # synthetic entries stay last
-                mine = old[head] if layer.is_dense else old[start : start + n]
-                real = int((mine != SYNTHETIC).sum())
-            cuts.append((start, start + real, start + n))
-            start += n
-
-        def joined(x: Tensor, new: Tensor) -> Tensor:
-            flat = x.flatten(0, 1) if layer.is_dense else x
-            parts: list[Tensor] = []
-            for head, (first, middle, last) in enumerate(cuts):
-                parts += [flat[first:middle], new[head].to(x.dtype), flat[middle:last]]
-            out = torch.cat(parts)
-            return out.unflatten(0, (len(cuts), -1)) if layer.is_dense else out
-
-        num = len(positions)
-        heads = layer.num_kv_heads
-        weight = layer.log_weight
-        self.layer = replace(
-            layer,
-            keys=joined(layer.keys, keys),
-            values=joined(layer.values, values),
-            positions=joined(old, positions.expand(heads, -1)),
-            row_lengths=None if layer.is_dense else tuple(n + num for n in layer.lengths),
-            log_weight=None if weight is None else joined(weight, weight.new_zeros(heads, num)),
-        )
-
-    def _append_dense(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        layer = self.layer
-        old = layer.keys.shape[1]
-        new = old + keys.shape[1]
-        buffers = self._buffers
-        # A tensor made in inference mode cannot be written to outside of it.
-        frozen = layer.keys.is_inference() and not torch.is_inference_mode_enabled()
-        if buffers is None or buffers[0].shape[1] < new or frozen:
-            size = new if self._shrinks else new + min(SLACK, new // 16 + 1)
-            self._shrinks = False
-            heads = layer.num_kv_heads
-            buffers = (
-                layer.keys.new_empty(heads, size, keys.shape[-1]),
-                layer.values.new_empty(heads, size, values.shape[-1]),
-                positions.new_empty(heads, size),
-            )
-            buffers[0][:, :old] = layer.keys
-            buffers[1][:, :old] = layer.values
-            buffers[2][:, :old] = layer.positions_tensor()
-            self._buffers = buffers
-        buffers[0][:, old:new] = keys
-        buffers[1][:, old:new] = values
-        buffers[2][:, old:new] = positions
-        self._view(new)
-
-    def _view(self, size: int) -> None:
-        assert self._buffers is not None  # noqa: S101
-        keys, values, positions = (x[:, :size] for x in self._buffers)
-        self.layer = replace(self.layer, keys=keys, values=values, positions=positions)
-
-    def truncate(self, num: int) -> None:
-        """Take the last `num` tokens of every head out again."""
-        if num == 0:
-            return
-        if self._buffers is not None:
-            rest = self.layer.rest
-            self._view(self.layer.keys.shape[1] - num)
-            if rest is not None:
-                self.layer = replace(self.layer, rest=rest[:, : rest.shape[1] - num].clone())
-            return
-        rows = []
-        for row in self.layer.rows():
-            real = int((row.positions != SYNTHETIC).sum())
-            index = torch.arange(len(row.positions), device=row.keys.device)
-            rows.append(index[(index < real - num) | (index >= real)])
-        self.layer = self.layer.select(rows)
-
-    def apply(self, plans: Plans, rope: RopeSpec | None) -> None:
-        """Carry out a policy's plans; what they drop is freed."""
-        before = self.layer
-        if self._compact(plans):
-            return
-        applied = apply_plan(before, plans, rope=rope)
-        if applied.demoted is not None:
-            raise ConfigError("this cache has no lower tier to demote entries to")
-        if applied.layer is before:
-            return
-        follow_plans(self.state, before, plans, applied.layer)
-        self.layer = applied.layer
-        self._buffers = None
-        self._shrinks = True
-
-    def _compact(self, plans: Plans) -> bool:
-        """Carry out a plan that only keeps entries within the buffers, moving what has to move.
-
-        The common step of a cache at its budget drops one entry of each head. A copy of everything
-        would cost more than the attention itself.
-        """
-        layer, buffers = self.layer, self._buffers
-        only = plans[0] if len(plans) == 1 else None
-        if buffers is None or not isinstance(only, KeepTokens) or not layer.is_dense:
-            return False
-        num = len(only.rows[0])
-        held = layer.keys.shape[1]
-        if (
-            len({len(row) for row in only.rows}) > 1
-            or len(only.rows) != layer.num_kv_heads
-            or buffers[0].shape[1] > num + num // 8 + SLACK  # too much room would stay
-            or (buffers[0].is_inference() and not torch.is_inference_mode_enabled())
-        ):
-            return False
-        index = torch.stack(list(only.rows)).to(layer.keys.device)
-        order = torch.arange(num, device=index.device)
-        ascending = bool((index[:, 1:] > index[:, :-1]).all()) if num else True
-        if not num or not ascending or int(index[:, 0].min()) < 0 or int(index.max()) >= held:
-            return False  # apply_plan says what is wrong
-        rest = layer.select_rest(only.rows)
-        unmoved = (index == order).sum(1).tolist()  # ascending: the front of the row
-        for head, first in enumerate(unmoved):
-            for x in buffers:
-                x[head, first:num] = x[head].index_select(0, index[head, first:])
-        for name, entry in self.state.entries.items():
-            self.state.entries[name] = entry.gather(1, index.to(entry.device))
-        self._view(num)
-        if rest is not None:
-            self.layer = replace(self.layer, rest=rest)
-        return True
-
-    def fork(self) -> "LayerRow":
-        """A copy that shares nothing."""
-        layer = self.layer
-        copy = replace(
-            layer,
-            keys=layer.keys.clone(),
-            values=layer.values.clone(),
-            positions=layer.positions
-            if isinstance(layer.positions, range)
-            else layer.positions.clone(),
-            log_weight=None if layer.log_weight is None else layer.log_weight.clone(),
-            rest=None if layer.rest is None else layer.rest.clone(),
-        )
-        twin = LayerRow(copy, self.state.fork())
-        twin._shrinks = self._shrinks
-        return twin
-
-
-def _insert(x: Tensor, at: int, new: Tensor) -> Tensor:
-    return torch.cat([x[:at], new.to(x.dtype), x[at:]])
-
-
-def _gather_channels(keys: Tensor, channels: Tensor) -> Tensor:
-    """The channels int64 [Hkv, C] of keys [Hkv, T, D]."""
-    return keys.gather(-1, channels[:, None, :].expand(-1, keys.shape[1], -1))
+__all__ = ["EvictableLayer", "alone", "layer_of", "make_layers"]
 
 
 def alone(x: Tensor) -> Tensor:
@@ -262,46 +62,6 @@ def layer_of(
         values=values,
         positions=positions.to(keys.device).expand(keys.shape[0], -1),
     )
-
-
-def extend_entries(state: LayerState, old: Sequence[int], layer: LayerKV) -> None:
-    """Give new entries (before the synthetic ones) the number 0 in every per-entry tensor.
-
-    Args:
-        state: whose tensors have the shape of the layer before it grew.
-        old: entries per head before.
-        layer: the grown layer.
-    """
-    if tuple(old) == layer.lengths:
-        return
-    for name, x in state.entries.items():
-        grown = layer.lengths[0] - old[0]
-        if layer.is_dense and layer.log_weight is None:
-            state.entries[name] = torch.nn.functional.pad(x, (0, grown))
-            continue
-        rows = []
-        parts = x.unbind(0) if x.dim() == 2 else x.split(list(old))
-        for head, part in enumerate(parts):
-            row = layer.row(head)
-            at = int((row.positions != SYNTHETIC).sum()) - (layer.lengths[head] - old[head])
-            rows.append(_insert(part, at, part.new_zeros(layer.lengths[head] - old[head])))
-        state.entries[name] = torch.stack(rows) if layer.is_dense else torch.cat(rows)
-
-
-def follow_plans(state: LayerState, before: LayerKV, plans: Plans, after: LayerKV) -> None:
-    """Make every per-entry tensor follow the rows through `plans`; appended entries get 0."""
-    keep = next((plan.rows for plan in plans if isinstance(plan, KeepTokens)), None)
-    demote = next((plan.rows for plan in plans if isinstance(plan, Demote)), None)
-    for name, x in state.entries.items():
-        rows = []
-        parts = x.unbind(0) if x.dim() == 2 else x.split(list(before.lengths))
-        for head, part in enumerate(parts):
-            index = torch.arange(len(part), device=x.device) if keep is None else keep[head]
-            if demote is not None:
-                index = index[~torch.isin(index, demote[head])]
-            added = after.lengths[head] - len(index)
-            rows.append(torch.nn.functional.pad(part[index.to(x.device)], (0, added)))
-        state.entries[name] = torch.stack(rows) if after.is_dense else torch.cat(rows)
 
 
 class EvictableLayer(CacheLayerMixin):

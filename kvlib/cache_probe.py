@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from kvlib.attention import attend
-from kvlib.cache_layers import EvictableLayer, LayerRow
+from kvlib.cache_layers import EvictableLayer
+from kvlib.cache_rows import LayerRow
 from kvlib.errors import ConfigError
 from kvlib.eviction.base import LayerState, LayerView, Policy, ProbeView, Resources
 from kvlib.model_hooks import AttentionCall

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvlib.attention import Logits, column_maxima, column_sums
 from kvlib.blocks import LayerKV
-from kvlib.cache_layers import LayerRow
+from kvlib.cache_rows import LayerRow
 from kvlib.eviction.base import LayerState, Needs, QueryMoments
 from kvlib.plans import rotate
 from kvlib.spec import RopeSpec

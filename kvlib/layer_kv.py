@@ -228,12 +228,27 @@ class LayerKV:
         num = len(rows[0])
         if self.is_dense and all(len(row) == num for row in rows):
             return self._select_dense(torch.stack(list(rows)).to(self.keys.device))
-        picked = []
-        for row, index in zip(self.rows(), rows, strict=True):
-            weight = None if row.log_weight is None else row.log_weight[index]
-            picked.append(Row(row.keys[index], row.values[index], row.positions[index], weight))
-        layer = LayerKV.from_rows(self.layer_idx, picked, channels=self.channels)
-        return layer if self.rest is None else replace(layer, rest=self.select_rest(rows))
+        starts = [0, *accumulate(self.lengths)][:-1]
+        parts = [row.to(self.keys.device) + start for row, start in zip(rows, starts, strict=True)]
+        index = torch.cat(parts)
+        lengths = tuple(len(row) for row in rows)
+        equal = len(set(lengths)) == 1
+
+        def picked(x: Tensor) -> Tensor:
+            flat = x.flatten(0, 1) if self.is_dense else x
+            out = flat.index_select(0, index)
+            return out.unflatten(0, (len(rows), num)) if equal else out
+
+        weight = self.log_weight
+        return replace(
+            self,
+            keys=picked(self.keys),
+            values=picked(self.values),
+            positions=picked(self.positions_tensor()),
+            row_lengths=None if equal else lengths,
+            log_weight=None if weight is None else picked(weight),
+            rest=self.select_rest(rows),
+        )
 
     def select_rest(self, rows: Sequence[Tensor]) -> Tensor | None:
         """`rest` of `select(rows)`, a copy."""

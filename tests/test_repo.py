@@ -250,6 +250,7 @@ FLOORS = (
         "cache_decisions",
         "cache_layers",
         "cache_probe",
+        "cache_rows",
         "cache_signals",
         "cache_copies",
         "episodes",
@@ -258,7 +259,18 @@ FLOORS = (
         "prefix",
         "tiered",
     },
-    {"calibration", "cli", "connectors", "demo", "evals", "kvlib", "pages", "policy_docs", "smollm2", "testing"},
+    {
+        "calibration",
+        "cli",
+        "connectors",
+        "demo",
+        "evals",
+        "kvlib",
+        "pages",
+        "policy_docs",
+        "smollm2",
+        "testing",
+    },
 )
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 DECISIONS = {
@@ -266,6 +278,7 @@ DECISIONS = {
     "cache",
     "cache_columns",
     "cache_layers",
+    "cache_rows",
     "cache_signals",
     "cache_copies",
     "eviction",

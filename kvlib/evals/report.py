@@ -4,7 +4,7 @@
 import html
 import json
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from kvlib.evals.statistics import LEVEL, RESAMPLES, Interval
 from kvlib.evals.summary import FEW_CONTEXTS, Row, summarize
 from kvlib.evals.tasks import build_task
 from kvlib.pages import LINES, STYLE, TEXT, figure, inline, svg
-from kvlib.registry import parse_method
+from kvlib.registry import describe, parse_method
 
 __all__ = ["cell_name", "percent", "short_method", "with_interval", "write_report"]
 
@@ -46,7 +46,11 @@ def short_method(method: str) -> str:
     except KVLibError:  # of a tool that is not installed here
         return method
     calls = parse_method(method)
-    texts = [_short(parsed.policy, calls.policies[0].params if calls.policies else ())]
+    parts = getattr(parsed.policy, "parts", (parsed.policy,))
+    if len(parts) != len(calls.policies):  # an allocator that began the method, or nothing
+        calls = replace(calls, policies=parse_method(describe(parsed.policy)).policies)
+    shorts = [_short(part, call.params) for part, call in zip(parts, calls.policies, strict=True)]
+    texts = ["+".join(shorts)]
     if calls.codec is not None:
         texts.append(_short(parsed.codec, calls.codec.params))
     return " | ".join(texts)

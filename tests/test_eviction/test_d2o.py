@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kvlib import KVCache
 from kvlib.attention import column_sums
 from kvlib.blocks import LayerKV
-from kvlib.cache_layers import LayerRow, extend_entries
+from kvlib.cache_rows import LayerRow, extend_entries
 from kvlib.errors import ConfigError
 from kvlib.eviction import LayerState, LayerView, Needs, build_policy
 from kvlib.eviction import d2o as module

@@ -12,7 +12,7 @@ import kvlib
 from kvlib.artefacts import model_identity, save_artefact
 from kvlib.attention import column_maxima
 from kvlib.blocks import LayerKV
-from kvlib.cache_layers import LayerRow, extend_entries
+from kvlib.cache_rows import LayerRow, extend_entries
 from kvlib.calibration.lazy import calibrate, percentile_80
 from kvlib.errors import ConfigError
 from kvlib.eviction import LayerState, LayerView, Resources, build_policy

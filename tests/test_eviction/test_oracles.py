@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from kvlib import KVCache
 from kvlib.attention import column_sums
 from kvlib.blocks import LayerKV
-from kvlib.cache_layers import LayerRow, extend_entries
+from kvlib.cache_rows import LayerRow, extend_entries
 from kvlib.errors import ConfigError, UnknownPluginError
 from kvlib.eviction import LayerState, LayerView, build_policy
 from kvlib.testing.recorder import contract_model, random_tokens

@@ -13,7 +13,7 @@ import kvlib
 from kvlib.artefacts import model_identity, save_artefact
 from kvlib.attention import attend
 from kvlib.blocks import SYNTHETIC, LayerKV
-from kvlib.cache_layers import LayerRow
+from kvlib.cache_rows import LayerRow
 from kvlib.errors import ConfigError
 from kvlib.eviction import LayerState, LayerView, Resources, build_policy
 from kvlib.eviction.head_roles import retrieval_heads

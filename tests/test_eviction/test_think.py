@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import kvlib
 from kvlib.attention import Logits, attend, column_sums
 from kvlib.blocks import SYNTHETIC, KVBlock, LayerKV
-from kvlib.cache_layers import LayerRow
+from kvlib.cache_rows import LayerRow
 from kvlib.errors import ConfigError, ShapeError
 from kvlib.eviction import LayerState, LayerView, build_policy
 from kvlib.plans import AppendToken, KeepChannels, KeepTokens, MergeTokens, apply_plan
@@ -223,7 +223,7 @@ def test_bytes_really_go():
         ("think:window=0", "window must be 1 or more"),
         ("think:recent=-1", "recent 0 or more"),
         ("keydiff:budget=0.5+think", "'keydiff' reads whole keys in every step"),
-        ("think+think", "one policy for channels"),
+        ("think+think", "channel"),
     ],
 )
 def test_wrong_methods_are_refused(method, message):
