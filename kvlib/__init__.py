@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from kvlib.blocks import KVBlock, LayerKV
     from kvlib.budget import Budget
     from kvlib.cache import KVCache
+    from kvlib.episodes import EpisodicCache
     from kvlib.errors import KVLibError
     from kvlib.keys import BlockKey, Extra, StoreKey, block_keys
     from kvlib.plans import apply_plan
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _HOME = {
     "BlockKey": "kvlib.keys",
     "Budget": "kvlib.budget",
+    "EpisodicCache": "kvlib.episodes",
     "Extra": "kvlib.keys",
     "KVBlock": "kvlib.blocks",
     "KVCache": "kvlib.cache",
@@ -41,6 +43,7 @@ _HOME = {
 __all__ = [
     "BlockKey",
     "Budget",
+    "EpisodicCache",
     "Extra",
     "KVBlock",
     "KVCache",

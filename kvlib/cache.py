@@ -28,7 +28,7 @@ from kvlib.cache_layers import EvictableLayer, alone, layer_of, make_layers
 from kvlib.cache_probe import Probes
 from kvlib.cache_signals import MAX_ROLLBACK, Signals
 from kvlib.errors import ConfigError
-from kvlib.eviction.base import LayerState, LayerView, Needs, Policy, Resources
+from kvlib.eviction.base import LayerState, Needs, Policy, Resources
 from kvlib.model_hooks import AttentionCall, decoder_of, untraced, watch
 from kvlib.model_spec import layer_specs
 from kvlib.registry import describe
@@ -91,22 +91,27 @@ class KVCache(Copyable, Cache):
             raise ConfigError("defer takes a prompt in one pass, without prefill_chunk_size")
         self._defer = tuple(defer)
         config = model.config.get_text_config(decoder=True)
-        self._ropes = [spec.rope for spec in layer_specs(config)]
-        self._decisions = Decisions(policy, self._ropes)
+        specs = layer_specs(config)
+        self._ropes = [spec.rope for spec in specs]
+        self._decisions = Decisions(policy, specs)
         made = make_layers(self, config)
         super().__init__(layers=made)
         self._evictable = [layer for layer in made if isinstance(layer, EvictableLayer)]
         self._sliding = [layer for layer in made if not isinstance(layer, EvictableLayer)]
         self._model = model
         resources = Resources(
-            model=model, tokenizer=tokenizer, draft=draft, patch=patch, identity=self._identity
+            model=model,
+            tokenizer=tokenizer,
+            draft=draft,
+            patch=patch,
+            ropes=self._ropes,
+            identity=self._identity,
         )
         for each in () if _restoring else (policy, *self._defer):
             each.check(resources)
         self._model_name = type(model).__name__
         self._decoder = decoder_of(model)
-        self._probes = Probes(self._decoder, resources)
-        self._probes.layers = made
+        self._probes = Probes(self, self._decoder, resources)
         self._start()
         watch(self._decoder, self, lambda cache: isinstance(cache, KVCache))
 
@@ -190,7 +195,7 @@ class KVCache(Copyable, Cache):
         if self.columns.batch == 0:
             for layer in self._evictable:
                 layer.states = [LayerState() for _ in new.positions]
-        if self._in_prefill and self._needs.probe:
+        if self._in_prefill and (self._needs.probe or self._needs.rerun):
             self._probes.take_prompt(arguments)
         self._whole_chunk = chunk is not None and new.num >= chunk
         self._attended = 0
@@ -359,14 +364,11 @@ class KVCache(Copyable, Cache):
     ) -> None:
         try:
             self._decisions.commit(
-                layers, forward, removed, self.columns, self._signals, self.layer_kv, self._probe
+                layers, forward, removed, self.columns, self._signals, self.layer_kv, self._probes
             )
         except BaseException:  # some layers have been decided, others not
             self._failed = True
             raise
-
-    def _probe(self, views: Sequence[LayerView], row: int) -> None:
-        self._probes.run(self, self.policy, views, row)
 
     def _done(self, forward: Forward) -> None:
         self._in_prefill &= not forward.ends_prefill
@@ -464,29 +466,6 @@ class KVCache(Copyable, Cache):
                 self._signals = self._signals.fork(self._needs)
             self._commit(self._evictable, forward, self._remove(removed))
             self._done(forward)
-
-    # Sequences
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Make the batch consist of these sequences (beam search)."""
-        self._commit_open(0)
-        order = beam_idx.tolist()
-        for layer in self._evictable:
-            layer.take_sequences(beam_idx)
-        for layer in self._sliding:
-            layer.reorder_cache(beam_idx)
-        self.columns.take(order)
-        self._signals.take(order)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every sequence."""
-        self.reorder_cache(torch.arange(self.columns.batch).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these sequences."""
-        if indices.dtype == torch.bool:
-            indices = indices.nonzero()[:, 0]
-        self.reorder_cache(indices)
 
     def reset(self) -> None:
         """Forget everything."""

@@ -219,6 +219,8 @@ class Copyable:
         _deferred: bool
         _open: Forward | None
         _in_prefill: bool
+        _evictable: list[EvictableLayer]
+        _sliding: list[Any]
 
         @property
         def method(self) -> str:
@@ -287,6 +289,27 @@ class Copyable:
 
     def __deepcopy__(self, memo: Any) -> Self:
         return self.fork()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Make the batch consist of these sequences (beam search)."""
+        self._commit_open(0)
+        order = beam_idx.tolist()
+        for layer in self._evictable:
+            layer.take_sequences(beam_idx)
+        for layer in self._sliding:
+            layer.reorder_cache(beam_idx)
+        self.columns.take(order)
+        self._signals.take(order)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence."""
+        self.reorder_cache(torch.arange(self.columns.batch).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these sequences."""
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero()[:, 0]
+        self.reorder_cache(indices)
 
     def to_snapshot(self, sequence: int | None = None) -> Snapshot:
         """A copy of one sequence: what is held of it, and what the policy remembers.

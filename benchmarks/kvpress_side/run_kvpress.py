@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Score kvpress on prompts that `kvlib eval export` wrote: same tokens, same model, same budgets.
 
-Runs in an environment of its own (requirements.txt beside this file) and imports nothing of kvlib.
-Answers are teacher-forced: what follows the compressed prompt is one forward pass, at the positions
-it would have had without compression.
+Runs in an environment of its own (requirements.txt beside this file) and imports nothing of kvlib;
+`kvpress_methods` reads the method strings. Answers are teacher-forced: what follows the compressed
+prompt is one forward pass, at the positions it would have had without compression.
 
 The output is JSON lines: a header, then one line per sample, mode and method, written as soon as it
 is known. Run again, the script continues where it stopped.
@@ -13,183 +13,25 @@ import argparse
 import contextlib
 import hashlib
 import json
-import math
+import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import kvpress
 import torch
+from kvpress_methods import InputError, Method, Shape, parse_method
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
-from transformers.utils import logging
+from transformers.utils.logging import disable_progress_bar
 
 SCHEMA = 1
 MODES = ("unaware", "aware")
-EXPECTED_SINKS = 4
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-BuildPress = Callable[[int, int, float], kvpress.ScorerPress]
-"""From tokens, tokens kept, and the compression ratio that keeps them."""
-
-
-class InputError(Exception):
-    """The prompts, the output file or a method cannot be used; the message says why."""
-
-
-# Methods
-
-
-@dataclass(frozen=True)
-class Method:
-    """A label of kvlib, and what kvpress does for it (`build` is None for the full cache)."""
-
-    label: str
-    budget: str = "1.0"
-    seed: int = 0
-    build: BuildPress | None = None
-
-    def kept(self, tokens: int) -> int:
-        """Entries per head that stay, counted as kvlib does: fractions are rounded up."""
-        exact = Fraction(self.budget)
-        if "." in self.budget or "e" in self.budget.lower():
-            return math.ceil(exact * tokens)
-        return min(int(exact), tokens)
-
-    def press(self, tokens: int) -> kvpress.ScorerPress | None:
-        """The press for a prompt of so many tokens; None where everything stays."""
-        kept = self.kept(tokens)
-        if self.build is None or kept == tokens:
-            return None
-        # kvpress keeps int(tokens * (1 - ratio)): half a token more is safe from rounding.
-        return self.build(tokens, kept, 1 - (kept + 0.5) / tokens)
-
-
-def parse_method(label: str) -> Method:
-    """Read one method string, and refuse what kvpress cannot follow.
-
-    Raises:
-        InputError: naming what is not supported.
-    """
-    name, _, rest = label.partition(":")
-    params: dict[str, str] = {}
-    for item in rest.split(",") if rest else ():
-        key, equals, value = (part.strip() for part in item.partition("="))
-        if not equals or not key or not value or key in params:
-            raise InputError(f"cannot read {item!r} in method {label!r}: expected key=value, once")
-        params[key] = value
-    name = name.strip()
-    if name not in _READERS:
-        raise InputError(f"method {label!r} is not supported; known: {', '.join(_READERS)}")
-    budget, seed, build = "1.0", 0, None
-    if name != "full":
-        budget = _budget(label, params.pop("budget", "0.5"))
-    if name == "random":
-        seed = _integer(label, params, "seed", 0)
-    build = _READERS[name](label, params)
-    if params:
-        raise InputError(f"{', '.join(params)} in method {label!r} is not supported here")
-    return Method(label, budget, seed, build)
-
-
-def _budget(label: str, text: str) -> str:
-    try:
-        exact = Fraction(text)
-    except (ValueError, ZeroDivisionError):
-        raise InputError(f"cannot read budget {text!r} in method {label!r}") from None
-    ratio = "." in text or "e" in text.lower()
-    if exact <= 0 or (exact > 1 if ratio else exact.denominator != 1):
-        raise InputError(
-            f"budget {text!r} in method {label!r} is not supported: kvpress keeps a fraction in "
-            "(0, 1] (written with a point) or 1 and more tokens (without)"
-        )
-    return text
-
-
-def _integer(label: str, params: dict[str, str], key: str, default: int, least: int = 0) -> int:
-    text = params.pop(key, str(default))
-    if not text.isdecimal() or int(text) < least:
-        raise InputError(
-            f"{key}={text} in method {label!r} is not supported: it is a whole number from {least}"
-        )
-    return int(text)
-
-
-def _only(label: str, params: dict[str, str], key: str, value: str) -> None:
-    given = params.pop(key, value)
-    if given != value:
-        raise InputError(
-            f"{key}={given} in method {label!r} is not supported: kvpress has {key}={value} only"
-        )
-
-
-def _full(label: str, params: dict[str, str]) -> None:
-    """No press."""
-
-
-def _streaming(label: str, params: dict[str, str]) -> BuildPress:
-    sinks = _integer(label, params, "sinks", 4)
-    return lambda tokens, kept, ratio: kvpress.StreamingLLMPress(
-        compression_ratio=ratio,
-        n_sink=min(sinks, kept),  # with more sinks than may stay, ties would decide
-    )
-
-
-def _snapkv(label: str, params: dict[str, str]) -> BuildPress:
-    window = _integer(label, params, "window", 32, 1)
-    kernel = _integer(label, params, "kernel", 5, 1)
-    if kernel % 2 == 0:
-        raise InputError(f"kernel={kernel} in method {label!r} is not supported: it must be odd")
-    _only(label, params, "pool", "avg")
-    _only(label, params, "group", "mean")
-    return lambda tokens, kept, ratio: kvpress.SnapKVPress(
-        compression_ratio=ratio,
-        # A longer window fails on short prompts; one that may not stay whole is cut by ties.
-        window_size=min(window, kept),
-        kernel_size=kernel,
-    )
-
-
-def _random(label: str, params: dict[str, str]) -> BuildPress:
-    _only(label, params, "sinks", "0")
-    _only(label, params, "window", "0")
-    # The press's own seed would give all layers the same draw; see `prefill`.
-    return lambda tokens, kept, ratio: kvpress.RandomPress(compression_ratio=ratio)
-
-
-def _expected(label: str, params: dict[str, str]) -> BuildPress:
-    def build(tokens: int, kept: int, ratio: float) -> kvpress.ScorerPress:
-        if kept < EXPECTED_SINKS:
-            raise InputError(
-                f"method {label!r} keeps {kept} of {tokens} tokens: fewer than the "
-                f"{EXPECTED_SINKS} sinks of kvpress"
-            )
-        return kvpress.ExpectedAttentionPress(compression_ratio=ratio, n_sink=EXPECTED_SINKS)
-
-    return build
-
-
-def _plain(press: type[kvpress.ScorerPress]) -> Callable[[str, dict[str, str]], BuildPress]:
-    return lambda label, params: lambda tokens, kept, ratio: press(compression_ratio=ratio)
-
-
-_READERS: dict[str, Callable[[str, dict[str, str]], BuildPress | None]] = {
-    "full": _full,
-    "streaming": _streaming,
-    "snapkv": _snapkv,
-    "random": _random,
-    "knorm": _plain(kvpress.KnormPress),
-    "keydiff": _plain(kvpress.KeyDiffPress),
-    "tova": _plain(kvpress.TOVAPress),
-    "expected": _expected,
-}
-
 
 # Scoring
 
@@ -238,16 +80,20 @@ def score(model: PreTrainedModel, prompt: Prompt, method: Method) -> dict[str, A
             for q in prompt.questions
             for ask in [(q.prefix, q.answer)]
         ]
-    questions, held, full, kept = [], [], [], []
-    for index, (ids, asks) in enumerate(rounds):
-        cache = prefill(model, ids, method, f"{prompt.key('')} {index}")
-        kept.append([layer.get_seq_length() for layer in cache.layers])
-        held.append(storage_bytes(cache))
-        full.append(full_bytes(cache, len(ids)))
-        questions += [
-            scores(answer_logits(model, cache, len(ids), ask, answer), answer)
-            for ask, answer in asks
-        ]
+    shape = Shape.of(model)
+    questions, held, full, left = [], [], [], []
+    try:
+        for index, (ids, asks) in enumerate(rounds):
+            cache, mine = prefill(model, ids, method, shape, f"{prompt.key('')} {index}")
+            left.append(mine)
+            held.append(storage_bytes(cache))
+            full.append(full_bytes(cache, len(ids)))
+            questions += [
+                scores(answer_logits(model, cache, len(ids), ask, answer), answer)
+                for ask, answer in asks
+            ]
+    finally:
+        forget_masks(model)
     return {
         "sample": prompt.sample,
         "mode": prompt.mode,
@@ -256,24 +102,77 @@ def score(model: PreTrainedModel, prompt: Prompt, method: Method) -> dict[str, A
         "questions": questions,
         "held_bytes": round(sum(held) / len(held)),
         "full_bytes": round(sum(full) / len(full)),
-        "kept_tokens": kept[0],
+        "kept_share": sum(mine.share for mine in left) / len(left),
+        "kept_tokens": left[0].tokens,
     }
 
 
-def prefill(model: PreTrainedModel, ids: Tensor, method: Method, salt: str) -> DynamicCache:
-    """The compressed cache of a prompt."""
-    press = method.press(len(ids))
+@dataclass(frozen=True)
+class Left:
+    """What attention still reads: its share of all numbers, and entries by layer.
+
+    Where heads of a layer differ it is a list, by head.
+    """
+
+    share: float
+    tokens: list[int | list[int]]
+
+
+def prefill(
+    model: PreTrainedModel, ids: Tensor, method: Method, shape: Shape, salt: str
+) -> tuple[DynamicCache, Left]:
+    """The compressed cache of a prompt, checked against what kvlib means by the method."""
+    shape = replace(shape, tokens=len(ids), kept=method.kept(len(ids)))
+    press = method.press(shape)
     cache = DynamicCache()
     # For RandomPress: the same draw whatever ran before, as a resumed run needs.
     digest = hashlib.sha256(f"{method.seed} {salt}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:7], "big"))
     with contextlib.nullcontext() if press is None else press(model):
+        # By name: KVzipPress reads these two from the keyword arguments.
         model.model(input_ids=ids[None], past_key_values=cache, use_cache=True)
-    expected = method.kept(len(ids))
-    for index, layer in enumerate(cache.layers):
-        found = {layer.keys.shape[2], layer.values.shape[2]}
-        assert found == {expected}, f"{method.label}: layer {index} keeps {found}, not {expected}"
-    return cache
+    counts = [
+        entries(layer, block) for layer, block in zip(cache.layers, blocks(model), strict=True)
+    ]
+    zeroed = {0} if method.channels is None else zero_channels(cache)
+    method.check(counts, zeroed, shape)
+    share = sum(map(sum, counts)) / (shape.layers * shape.heads * shape.tokens)
+    share *= 1 - max(zeroed) / (2 * shape.width)  # of keys and values
+    tokens = [heads[0] if len(set(heads)) == 1 else heads for heads in counts]
+    return cache, Left(share, tokens)
+
+
+def blocks(model: PreTrainedModel) -> Iterator[Any]:
+    """The attention modules, by layer."""
+    for layer in model.model.layers:
+        yield layer.self_attn
+
+
+def entries(layer: Any, block: Any) -> list[int]:
+    """Entries that attention reads of each head: those that are held and not masked."""
+    heads, held = layer.keys.shape[1:3]
+    assert layer.values.shape[2] == held
+    counts = [held] * heads
+    masked = getattr(block, "masked_key_indices", None)
+    if masked is not None:
+        rows, columns = masked[1].cpu(), masked[2].cpu()
+        assert bool((columns < held).all())
+        assert len(torch.unique(rows * held + columns)) == len(rows), "an entry is masked twice"
+        gone = torch.bincount(rows, minlength=heads).tolist()
+        counts = [n - out for n, out in zip(counts, gone, strict=True)]
+    return counts
+
+
+def zero_channels(cache: DynamicCache) -> set[int]:
+    """How many channels of all keys of a head are zero, as far as heads differ."""
+    zero = [(layer.keys == 0).all(dim=2).sum(dim=-1).flatten() for layer in cache.layers]
+    return set(torch.cat(zero).tolist())
+
+
+def forget_masks(model: PreTrainedModel) -> None:
+    """Head-wise presses leave their masks on the modules, for every question that follows."""
+    for block in blocks(model):
+        block.masked_key_indices = None
 
 
 def answer_logits(
@@ -284,12 +183,27 @@ def answer_logits(
     positions = torch.arange(start, start + ids.shape[1])[None]
     # Layers grow by torch.cat, into new tensors: holding on to the old ones undoes it.
     before = [(x.keys, x.values, x.keys._version, x.values._version) for x in cache.layers]
-    logits = model(
-        input_ids=ids, position_ids=positions, past_key_values=cache, logits_to_keep=len(answer)
-    ).logits[0]
-    for layer, (keys, values, *versions) in zip(cache.layers, before, strict=True):
+    # One mask serves all layers, with the length of the first: a pyramid takes one token at a time.
+    uneven = len({x.keys.shape[2] for x in cache.layers}) > 1
+    size = 1 if uneven else ids.shape[1]
+    pieces = [
+        model(
+            input_ids=piece,
+            position_ids=places,
+            past_key_values=cache,
+            logits_to_keep=len(answer),
+        ).logits[0]
+        for piece, places in zip(ids.split(size, 1), positions.split(size, 1), strict=True)
+    ]
+    logits = torch.cat(pieces)[-len(answer) :]
+    rows = zip(cache.layers, before, blocks(model), strict=True)
+    for layer, (keys, values, *versions), block in rows:
         assert layer.keys.shape[2] == keys.shape[2] + ids.shape[1]
         assert [keys._version, values._version] == versions, "a question changed the cache"
+        masked = getattr(block, "masked_key_indices", None)
+        if masked is not None:  # what attention read in their place
+            same = (layer.keys[masked] == keys[masked]).all(-1)
+            assert not bool(same.any()), "a masked key was read"
         layer.keys, layer.values = keys, values
     return logits
 
@@ -426,7 +340,8 @@ def run(args: argparse.Namespace) -> None:
     folder = args.model or Path(described["folder"])
     if not folder.is_dir():
         raise InputError(f"there is no model folder {folder}; --model names another")
-    logging.disable_progress_bar()
+    disable_progress_bar()
+    logging.getLogger("kvpress").setLevel(logging.ERROR)  # KVzipPress warns each time it is made
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=DTYPES[described["dtype"]],

@@ -39,11 +39,19 @@ __all__ = [
 POLICIES: Registry[Policy] = Registry(
     "policies",
     {
+        "d2o": "kvlib.eviction.d2o:D2O",
+        "duo": "kvlib.eviction.duo:Duo",
+        "epicache": "kvlib.eviction.epicache:EpiCache",
         "expected": "kvlib.eviction.expected:Expected",
         "full": "kvlib.eviction.full:Full",
         "h2o": "kvlib.eviction.h2o:H2O",
+        "infllm": "kvlib.eviction.infllm:InfLLM",
         "keydiff": "kvlib.eviction.keydiff:KeyDiff",
+        "lazy": "kvlib.eviction.lazy:Lazy",
+        "kvzip": "kvlib.eviction.kvzip:KVzip",
         "random": "kvlib.eviction.random:Random",
+        "razor": "kvlib.eviction.razor:Razor",
+        "speckv": "kvlib.eviction.speckv:SpecKV",
         "snapkv": "kvlib.eviction.snapkv:SnapKV",
         "streaming": "kvlib.eviction.streaming:Streaming",
         "think": "kvlib.eviction.think:ThinK",
@@ -57,6 +65,7 @@ ALLOCATORS: Registry[Any] = Registry(
         "adakv": "kvlib.eviction.adakv:AdaKV",
         "joint": "kvlib.eviction.joint:Joint",
         "pyramid": "kvlib.eviction.pyramid:Pyramid",
+        "uniform": "kvlib.eviction.uniform:Uniform",
     },
 )
 """What shares a budget between heads and layers. Alone in a method, one works with SnapKV."""
@@ -82,10 +91,11 @@ def build_policy(method: str | MethodCall | Method) -> Policy:
     calls = list(method.policies) or [MethodCall("full")]
     if len(calls) == 1 and calls[0].name in POLICIES.names():
         return POLICIES.build(calls[0])
-    if calls[0].name in ALLOCATORS.names():
-        calls[:1] = _with_scorer(calls[0])
-    from kvlib.eviction.compose import compose
+    from kvlib.eviction.compose import ChannelPolicy, compose
 
+    chosen = [POLICIES.get(call.name) for call in calls if call.name in POLICIES.names()]
+    if calls[0].name in ALLOCATORS.names() and all(issubclass(x, ChannelPolicy) for x in chosen):
+        calls[:1] = _with_scorer(calls[0])
     return compose([_build_part(call) for call in calls])
 
 
@@ -111,6 +121,12 @@ def _with_scorer(call: MethodCall) -> list[MethodCall]:
 
     mine = own_params(ALLOCATORS.get(call.name))
     theirs = own_params(POLICIES.get("snapkv"))
+    for key, _ in call.params:
+        if key not in mine | theirs:
+            raise ConfigError(
+                f"neither {call.name!r} nor 'snapkv', which it works with, has a parameter "
+                f"{key!r:.80}.{suggest(key, mine | theirs)}"
+            )
     scorer = tuple((k, v) for k, v in call.params if k in theirs and k not in mine)
     rest = tuple((k, v) for k, v in call.params if (k, v) not in scorer)
     return [MethodCall("snapkv", scorer), MethodCall(call.name, rest)]

@@ -46,6 +46,7 @@ class Needs:
         query_moments: mean and covariance of the prompt's queries as they were before the rotary
             embedding, without those of this many first tokens; None for none.
         probe: extra passes over the complete prompt, see `Policy.probes`.
+        rerun: a second pass over some of the prompt's tokens alone, see `Policy.rerun`.
         whole_model: whether plans depend on all layers together. If not, a layer is evicted as soon
             as its own attention is done, before the next layer fills up.
         steps: whether `on_step` is to be called at all; a policy that decides at the end of the
@@ -64,6 +65,7 @@ class Needs:
     last_queries: int = 0
     query_moments: int | None = None
     probe: bool = False
+    rerun: bool = False
     whole_model: bool = False
     steps: bool = True
     step_keys: bool = False
@@ -71,7 +73,7 @@ class Needs:
 
     def __post_init__(self) -> None:
         """Check that the flags fit."""
-        if self.probe and not self.whole_model:
+        if (self.probe or self.rerun) and not self.whole_model:
             raise ConfigError("a policy with extra passes decides for the whole model")
 
     @classmethod
@@ -100,6 +102,7 @@ class Needs:
                 self.step_column_sums,
                 self.step_maxima,
                 self.probe,
+                self.rerun,
                 self.prefill_local_sums > 0,
                 self.query_window > 0,
                 self.step_query_window > 0,
@@ -226,6 +229,7 @@ class Resources:
         tokenizer: its tokenizer, or None.
         draft: a second, smaller model with the same token ids, or None.
         patch: int64 [n], token ids that stand for the questions to come, or None.
+        ropes: rotary embedding of each layer of the model, None where there is none.
         identity: gives what artefacts of this model are named by (`kvlib.artefacts`).
     """
 
@@ -233,6 +237,7 @@ class Resources:
     tokenizer: Any = None
     draft: Any = None
     patch: Tensor | None = None
+    ropes: Sequence[RopeSpec | None] = ()
     identity: Callable[[], str] | None = None
 
 
@@ -316,6 +321,20 @@ class Policy(Protocol):
 
     def on_probe(self, view: ProbeView) -> None:
         """Take note of an extra pass in `view.state`."""
+
+    def rerun(self, prompt: Tensor, views: Sequence[LayerView]) -> Tensor | None:
+        """Which of the prompt's tokens to run again, alone: their entries replace the prompt's.
+
+        The chosen take the last positions of the prompt, so that those of later tokens follow.
+        Called in place of `on_prefill_end`, and only if `needs.rerun`.
+
+        Args:
+            prompt: int64 [num_prompt], the token ids of one sequence.
+            views: of all layers.
+
+        Returns:
+            Indices into `prompt`, int64 [n], ascending; None, or all, to keep what is held.
+        """
 
     def on_prefill_end(self, views: Sequence[LayerView]) -> Sequence[Plans]:
         """Plans for each view: all layers if `needs.whole_model`, else one layer at a time."""

@@ -96,13 +96,11 @@ class Expected(ScoredPolicy):
 
     def check(self, resources: Resources) -> None:
         """Refuse a rotary embedding whose frequencies depend on the length of the sequence."""
-        if resources.model is None or keeps_all(self.budget):
+        if keeps_all(self.budget):
             return
-        from kvlib.model_spec import layer_specs
-
-        for layer in layer_specs(resources.model.config.get_text_config(decoder=True)):
-            if layer.rope is not None:
-                _frequencies(layer.rope)
+        for rope in resources.ropes:
+            if rope is not None:
+                _frequencies(rope)
 
     def protected(self, budget: int) -> Protect:
         """The first tokens."""

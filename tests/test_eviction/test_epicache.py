@@ -8,9 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import DynamicCache
+from typer.testing import CliRunner
 
 import kvlib
 from kvlib.artefacts import model_identity, save_artefact
+from kvlib.calibration import calibrate
+from kvlib.calibration.epicache import key_similarity
+from kvlib.cli import app
 from kvlib.errors import ConfigError
 from kvlib.eviction import build_policy
 from kvlib.eviction.epicache import INSTRUCTION, EpiCache, layer_budgets, patch_digest
@@ -338,3 +343,75 @@ def test_the_digest_names_the_patched_prompt():
 def test_what_is_missing_is_named(method, message):
     with pytest.raises(ConfigError, match=message):
         kvlib.KVCache(tiny_model(), method)
+
+
+# Calibration
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("piece", [16, 512])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_similarity_is_that_of_masked_passes(piece, attention, monkeypatch):
+    """Of the keys that transformers caches with and without such a mask."""
+    monkeypatch.setattr("kvlib.calibration.epicache._PIECE", piece)
+    model, tokens = model_of(3), ids(50)[None]
+    model.set_attn_implementation(attention)
+    calls = []
+    found = key_similarity(model, tokens, window=7, sinks=2, progress=lambda *x: calls.append(x))
+    mask = torch.full((50, 50), -torch.inf, dtype=torch.float64)
+    for i in range(50):
+        mask[i, : min(2, i + 1)] = 0
+        mask[i, max(i - 6, 0) : i + 1] = 0
+    caches = [DynamicCache(config=model.config) for _ in range(2)]
+    model(tokens, past_key_values=caches[0])
+    model(tokens, past_key_values=caches[1], attention_mask=mask[None, None])
+    assert found.keys() == {0, 1, 2}
+    for index, sigma in found.items():
+        full, near = (cache.layers[index].keys[0].numpy() for cache in caches)
+        lengths = np.linalg.norm(full, axis=-1) * np.linalg.norm(near, axis=-1)
+        assert sigma == pytest.approx(((full * near).sum(-1) / lengths).mean(), abs=1e-9)
+    assert found[0] == pytest.approx(1, abs=1e-12)
+    assert found[2] < 0.999
+    num = 2 * -(-50 // piece)
+    assert calls == [(i, num) for i in range(1, num + 1)]
+
+
+def test_sliding_layers_are_left_out(tmp_path):
+    """They see what they always see; the artefact names the others, and the policy knows them."""
+    model = tiny_model("Gemma3TextConfig", sliding_window=8, layer_types=None, num_hidden_layers=12)
+    path = str(tmp_path / "p")
+    options = {"tokens": 60, "window": 10, "sinks": 2}
+    found = calibrate("epicache", model, None, "tiny", path, **options)
+    assert found.tensors["layers"].tolist() == [5, 11]
+    first, last = found.tensors["sensitivity"].tolist()
+    assert first == 0 < last  # what comes before layer 5 sees the same in both passes
+    assert found.settings == {"tokens": "60", "window": "10", "sinks": "2", "seed": "0"}
+    policy = EpiCache(budget=20, profile=path, floor=0.0)
+    cache = kvlib.KVCache(model, policy, prefill_chunk_size=16, patch=ids(3), model_id="tiny")
+    with torch.no_grad():
+        for piece in ids(70).split(16):
+            model(piece[None], past_key_values=cache)
+    held = [sum(cache.layer_kv(index).lengths) for index in (5, 11)]
+    assert held == [0, 2 * 40]
+    with torch.no_grad():  # a layer that holds nothing goes on all the same
+        logits = model(ids(3)[None], past_key_values=cache).logits
+    assert logits.isfinite().all()
+
+
+def test_what_cannot_be_calibrated(tmp_path):
+    """A text that is not longer than what is seen of it."""
+    for options in ({"tokens": 20, "window": 16, "sinks": 4}, {"window": 0}, {"sinks": -1}):
+        with pytest.raises(ConfigError, match="longer than window and sinks"):
+            calibrate("epicache", tiny_model(), None, "tiny", tmp_path / "p", **options)
+
+
+def test_the_command_prints_a_method_that_works(tmp_path, monkeypatch):
+    """It names each layer's sensitivity."""
+    monkeypatch.chdir(tmp_path)
+    command = ["calibrate", "epicache", "--model", "recall:vocab=64", "-o", "p"]
+    options = ["--tokens", "40", "--window", "10", "--sinks", "2"]
+    result = CliRunner().invoke(app, [*command, *options])
+    assert result.exit_code == 0, result.output
+    assert "layer 1" in result.output
+    assert "epicache:profile=p" in result.output
+    assert build_policy("epicache:profile=p").digest in result.output

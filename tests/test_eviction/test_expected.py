@@ -306,11 +306,11 @@ def test_wrong_parameters_are_named(method, message):
 def test_refuses_moving_frequencies():
     """A rotary embedding that depends on the length; nothing is refused if nothing goes."""
     scaling = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
-    resources = Resources(model=tiny_model(rope_parameters=scaling))
+    model = tiny_model(rope_parameters=scaling)
     with pytest.raises(ConfigError, match=r"expected cannot tell how later queries .* another"):
-        Expected().check(resources)
-    Expected(budget=1.0).check(resources)
-    Expected().check(Resources(model=tiny_model()))
+        kvlib.KVCache(model, Expected())
+    kvlib.KVCache(model, Expected(budget=1.0))
+    kvlib.KVCache(tiny_model(), Expected())
     Expected().check(Resources())
 
 
