@@ -52,7 +52,26 @@ def test_evicting_works_as_written(tmp_path, model_folder):
     code += "    print(again.num_columns, again.layer_kv(0).lengths, again.method)"
     lines = run(code, tmp_path).splitlines()
     assert int(lines[0].split()[0]) < 3 * 380 * 160  # 3 layers, 380 tokens and their K and V
-    assert lines[-1] == "443 (95, 95) h2o:budget=0.25,recent=0.5"
+    assert lines[-1] == "443 (95, 95) h2o:budget=0.25,recent=0.5,prefill=dense"
+
+
+def test_a_conversation_works_as_written(tmp_path, model_folder):
+    """Its question is answered from the cache of one episode."""
+    evict, _ = [block for block in BLOCKS if "KVCache" in block]
+    (code,) = [block for block in BLOCKS if "EpisodicCache" in block]
+    code = made_real(evict + code, model_folder)
+    code += "print(len(conversation.episodes), output.shape[1] - ask.input_ids.shape[1])"
+    assert run(code, tmp_path).splitlines()[-1] == "1 16"
+
+
+def test_calibrating_works_as_written(tmp_path, model_folder):
+    """The command of README, with fewer random tokens."""
+    (line,) = re.findall(r"^kvlib (calibrate .*)$", README, flags=re.MULTILINE)
+    line = line.replace("path/to/model", str(model_folder)) + " --block 40 --draws 1"
+    command = [sys.executable, "-c", "from kvlib.cli import main; main()", *shlex.split(line)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "razor.safetensors").exists()
 
 
 def test_storing_blocks_works_as_written(tmp_path):
