@@ -93,7 +93,10 @@ def attend(
         return _explicit(view, with_column_sums=True)
     # For values of another width than the keys, PyTorch has no kernel that holds no matrix.
     fused = query.shape[1] == 1 or layer.keys.shape[-1] == layer.values.shape[-1]
-    if fused and logits.is_plain and view.bias is None and layer.rest is None:
+    # A mask has the queries' dtype: half precision would round log N.
+    masked = query.shape[1] == 1 and query.dtype in (torch.float32, torch.float64)
+    fused = fused and logits.is_plain and layer.rest is None
+    if fused and (view.bias is None or (masked and logits.window is None)):
         output = _fused(view) if view.dense else _fused_rows(query, layer, logits)
     else:
         return _explicit(view, with_column_sums=with_column_sums)
@@ -153,7 +156,12 @@ def column_sums(query: Tensor, layer: LayerKV, logits: Logits = PLAIN) -> Tensor
 
 
 def column_maxima(
-    query: Tensor, layer: LayerKV, logits: Logits = PLAIN, *, own: bool = True
+    query: Tensor,
+    layer: LayerKV,
+    logits: Logits = PLAIN,
+    *,
+    own: bool = True,
+    votes: Tensor | None = None,
 ) -> Tensor:
     """The most attention that any of the T queries pays to every entry.
 
@@ -163,6 +171,7 @@ def column_maxima(
         logits: see `attend`.
         own: whether the rows end in the entries of the queries' own tokens. If not, every query
             sees all entries and its softmax is over those alone.
+        votes: float32 [T], what each query's attention is multiplied by; None for 1.
 
     Returns:
         float32 [Hkv, G, S], like `column_sums`, which it equals for a single query.
@@ -174,7 +183,10 @@ def column_maxima(
     out = query.new_zeros(view.heads, view.group, view.longest, dtype=torch.float32)
     for block in view.blocks():
         mine = out[block.head, :, : block.stop]
-        torch.maximum(mine, block.weights.amax(-2), out=mine)
+        weights = block.weights
+        if votes is not None:
+            weights = weights * votes[block.first : block.last, None]
+        torch.maximum(mine, weights.amax(-2), out=mine)
     return out
 
 
@@ -269,7 +281,7 @@ class _View:
         if self.bias is not None and isinstance(layer.positions, Tensor):
             # Synthetic entries stand behind the new ones; they carry a weight.
             self.synthetic = bool((layer.positions == SYNTHETIC).any())
-            self.by_position |= self.synthetic
+            self.by_position |= self.synthetic and self.num_queries > 1  # one sees everything
         else:
             self.synthetic = False
 
@@ -415,6 +427,7 @@ def _fused_rows(query: Tensor, layer: LayerKV, logits: Logits) -> Tensor:
             keys=row.keys[None],
             values=row.values[None],
             positions=row.positions[None],
+            log_weight=None if row.log_weight is None else row.log_weight[None],
             channels=None if layer.channels is None else layer.channels[head : head + 1],
         )
         out.append(_fused(_View(grouped[head], one, logits)))
@@ -422,14 +435,16 @@ def _fused_rows(query: Tensor, layer: LayerKV, logits: Logits) -> Tensor:
 
 
 def _fused(view: _View) -> Tensor:
-    """`scaled_dot_product_attention` over a dense layer without weights."""
+    """`scaled_dot_product_attention` over a dense layer, with weights for a single query only."""
     layer = view.layer
     keys, values = layer.keys[None], layer.values[None]
     sdpa: Callable[..., Tensor] = torch.nn.functional.scaled_dot_product_attention
     if view.num_queries == 1 and view.logits.window is None:
         # The group's queries stand in for the query axis: nothing is repeated, no mask is needed.
         q = view.query[:, :, 0][None]
-        return sdpa(q, keys, values, scale=view.scale)[0].flatten(0, 1)[:, None]
+        mask = None if view.bias is None else view.bias[None, :, None].to(q.dtype)
+        found = sdpa(q, keys, values, attn_mask=mask, scale=view.scale)
+        return found[0].flatten(0, 1)[:, None]
     if view.num_old == 0 and view.logits.window is None:
         q = view.query.flatten(0, 1)[None]
         # On CUDA, grouped heads in float32 would get the kernel that holds a T x T matrix.

@@ -33,7 +33,8 @@ class LayerRow:
         self.layer = layer
         self.state = state
         self._buffers: tuple[Tensor, Tensor, Tensor] | None = None
-        self._shrinks = False  # was cut down since it last grew: slack would be wasted
+        self._start = 0  # where the entries begin in the buffers
+        self._shrinks = False  # was cut down since it last grew: much slack would be wasted
 
     @property
     def nbytes(self) -> int:
@@ -104,8 +105,8 @@ class LayerRow:
         # A tensor made in inference mode cannot be written to outside of it.
         frozen = layer.keys.is_inference() and not torch.is_inference_mode_enabled()
         if buffers is None or buffers[0].shape[1] < new or frozen:
-            size = new if self._shrinks else new + min(SLACK, new // 16 + 1)
-            self._shrinks = False
+            size = new + min(SLACK, new // (64 if self._shrinks else 16) + 1)
+            self._shrinks, self._start = False, 0
             heads = layer.num_kv_heads
             buffers = (
                 layer.keys.new_empty(heads, size, keys.shape[-1]),
@@ -116,14 +117,19 @@ class LayerRow:
             buffers[1][:, :old] = layer.values
             buffers[2][:, :old] = layer.positions_tensor()
             self._buffers = buffers
-        buffers[0][:, old:new] = keys
-        buffers[1][:, old:new] = values
-        buffers[2][:, old:new] = positions
+        elif buffers[0].shape[1] < self._start + new:  # room is left in front only
+            for x in buffers:
+                x[:, :old] = x[:, self._start : self._start + old].clone()
+            self._start = 0
+        where = slice(self._start + old, self._start + new)
+        for x, more in zip(buffers, (keys, values, positions), strict=True):
+            x[:, where] = more
         self._view(new)
 
     def _view(self, size: int) -> None:
         assert self._buffers is not None  # noqa: S101
-        keys, values, positions = (x[:, :size] for x in self._buffers)
+        where = slice(self._start, self._start + size)
+        keys, values, positions = (x[:, where] for x in self._buffers)
         self.layer = replace(self.layer, keys=keys, values=values, positions=positions)
 
     def truncate(self, num: int) -> None:
@@ -155,7 +161,7 @@ class LayerRow:
             return
         follow_plans(self.state, before, plans, applied.layer)
         self.layer = applied.layer
-        self._buffers = None
+        self._buffers, self._start = None, 0
         self._shrinks = True
 
     def _compact(self, plans: Plans) -> bool:
@@ -188,29 +194,35 @@ class LayerRow:
             return False
         index = torch.stack(list(only.rows)).to(layer.keys.device)
         order = torch.arange(num, device=index.device)
+        gone = held - num
         checks = [
             (index[:, 1:] <= index[:, :-1]).any(),
             index[:, 0].amin(),
             index[:, -1].amax(),
-            (index == order).sum(1).amin(),  # ascending: the front of the row, which stays
+            (index == order).sum(1).amin(),  # ascending: the front of the row, which may stay
+            (index == order + gone).sum(1).amin(),  # or its back
         ]
-        disorder, lowest, highest, first = torch.stack([x.long() for x in checks]).tolist()
+        disorder, lowest, highest, front, back = torch.stack([x.long() for x in checks]).tolist()
         if disorder or lowest < 0 or highest >= held:
             return False  # apply_plan says what is wrong
         merged: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         if merge is not None:
-            found = _merged(merge, buffers, held, index)
+            found = _merged(merge, buffers, self._start, held, index)
             if found is None:
                 return False
             merged = found
         rest = layer.select_rest(only.rows)
-        moved = index[:, first:]
+        # Either what lies behind the gaps moves to the front, or what lies before them to the back.
+        begin, end, shift = (front, num, 0) if front >= back else (0, num - back, gone)
+        moved = index[:, begin:end] + self._start
         for x in buffers:
             starts = torch.arange(0, x.shape[0] * x.shape[1], x.shape[1], device=x.device)
             picked = x.flatten(0, 1).index_select(0, (moved + starts[:, None]).flatten())
-            x[:, first:num] = picked.view(x.shape[0], -1, *x.shape[2:])
+            where = slice(self._start + shift + begin, self._start + shift + end)
+            x[:, where] = picked.view(x.shape[0], -1, *x.shape[2:])
+        self._start += shift
         for x, head, slot, new in merged:
-            x[head, slot] = new
+            x[head, slot + self._start] = new
         for name, entry in self.state.entries.items():
             self.state.entries[name] = entry.gather(1, index.to(entry.device))
         self._view(num)
@@ -241,7 +253,7 @@ def _insert(x: Tensor, at: int, new: Tensor) -> Tensor:
 
 
 def _merged(
-    plan: MergeTokens, buffers: Sequence[Tensor], held: int, kept: Tensor
+    plan: MergeTokens, buffers: Sequence[Tensor], start: int, held: int, kept: Tensor
 ) -> list[tuple[Tensor, Tensor, Tensor, Tensor]] | None:
     """What a merge writes: buffer, head, slot among `kept` int64 [Hkv, n], and new entries.
 
@@ -268,7 +280,7 @@ def _merged(
     for which in _MERGED[plan.axis]:
         x = buffers[which]
         total = x.new_zeros(len(targets), x.shape[-1], dtype=torch.float32)
-        total.index_add_(0, pair, weight * x[head, src].to(torch.float32))
+        total.index_add_(0, pair, weight * x[head, src + start].to(torch.float32))
         out.append((x, head_of, slot, total.to(x.dtype)))
     return out
 

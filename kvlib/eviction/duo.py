@@ -44,6 +44,8 @@ class Duo(PolicyBase):
             1 for all.
         sinks: first tokens that streaming heads keep.
         window: last entries that streaming heads keep.
+        lag: in steps, how many entries leave the window together: it may exceed its size by one
+            less. Rows of unequal length are copied each time, so 16 makes steps cheaper than 1.
         digest: of the file (BLAKE2b, 16 hexadecimal digits); filled in when it is read, and checked
             if it is given.
     """
@@ -52,6 +54,7 @@ class Duo(PolicyBase):
     sparsity: float = 0.5
     sinks: int = 64
     window: int = 256
+    lag: int = 1
     digest: str | None = None
     _roles: HeadRoles | None = field(init=False, repr=False, compare=False, default=None)
     name: ClassVar[str] = "duo"
@@ -86,6 +89,8 @@ class Duo(PolicyBase):
                 f"duo: sinks must be 0 or more and window 1 or more, got {self.sinks} and "
                 f"{self.window}"
             )
+        if self.lag < 1:
+            raise ConfigError(f"duo: lag must be 1 or more, got {self.lag}")
         if self.gates is None:
             return
         data = _read(self.gates)
@@ -127,22 +132,23 @@ class Duo(PolicyBase):
         """Cut the prompt of streaming heads."""
         for view in views:
             self.roles.check(view, view.place)
-        return [self._plan(view) for view in views]
+        return [self._plan(view, 1) for view in views]
 
     def on_step(self, views: Sequence[LayerView]) -> Sequence[Plans]:
         """Cut streaming heads again."""
-        return [self._plan(view) for view in views]
+        return [self._plan(view, self.lag) for view in views]
 
-    def _plan(self, view: LayerView) -> Plans:
+    def _plan(self, view: LayerView, least: int) -> Plans:
+        """Cut the heads that hold `least` entries too many."""
         lengths = view.layer.lengths
         full = self.roles.of(view.place) or frozenset()
         stay = self.sinks + self.window
-        if all(n <= stay or h in full for h, n in enumerate(lengths)):
+        if all(n - stay < least or h in full for h, n in enumerate(lengths)):
             return ()
         rows = []
         for h, n in enumerate(lengths):
             index = torch.arange(n, device=view.layer.keys.device)
-            if n > stay and h not in full:
+            if n - stay >= least and h not in full:
                 index = torch.cat([index[: self.sinks], index[n - self.window :]])
             rows.append(index)
         return (KeepTokens(tuple(rows)),)

@@ -24,6 +24,9 @@ from kvlib.eviction.select import check_budget, keeps_all
 
 __all__ = ["KeyDiff"]
 
+_TINY = 1e-12
+"""Least length that a key is divided by."""
+
 
 @dataclass(frozen=True, slots=True)
 class KeyDiff(ScoredPolicy):
@@ -81,6 +84,9 @@ class KeyDiff(ScoredPolicy):
     @staticmethod
     def of_keys(keys: Tensor) -> Tensor:
         """Scores [Hkv, S] of keys [Hkv, S, D]."""
-        unit = normalize(keys.float(), dim=-1)
-        anchor = normalize(unit.mean(1, keepdim=True), dim=-1)
-        return -(unit * anchor).sum(-1)
+        wide = keys.float()
+        lengths = wide.norm(dim=-1, keepdim=True).clamp(min=_TINY)
+        anchor = (1 / lengths).transpose(1, 2) @ wide / keys.shape[1]
+        anchor = normalize(anchor, dim=-1)
+        cosines: Tensor = (wide @ anchor.transpose(1, 2)) / lengths
+        return -cosines[..., 0]

@@ -51,6 +51,8 @@ class Razor(PolicyBase):
         s0: entries that the window has at least.
         c: the window has at least the c-th part of the tokens seen.
         sinks: first tokens that always stay.
+        lag: in steps, how many entries leave the window together: it may exceed its size by one
+            less. Rows of unequal length are copied each time, so 16 makes steps cheaper than 1.
         digest: of the profile; filled in when it is read, and checked if it is given.
     """
 
@@ -61,6 +63,7 @@ class Razor(PolicyBase):
     s0: int = 4000
     c: float = 5.0
     sinks: int = 4
+    lag: int = 1
     digest: str | None = None
     _roles: HeadRoles | None = field(init=False, repr=False, compare=False, default=None)
     name: ClassVar[str] = "razor"
@@ -95,6 +98,8 @@ class Razor(PolicyBase):
             raise ConfigError(
                 f"razor: s0 and sinks must be 0 or more, got {self.s0} and {self.sinks}"
             )
+        if self.lag < 1:
+            raise ConfigError(f"razor: lag must be 1 or more, got {self.lag}")
         if not self.c >= 1:
             raise ConfigError(
                 f"razor: the window is the c-th part of the tokens, c must be 1 or more, got "
@@ -158,17 +163,18 @@ class Razor(PolicyBase):
                     "positions at all); its retrieval heads cannot be told by echo and induction. "
                     "Use another policy for this model"
                 )
-        return [self._plan(view) for view in views]
+        return [self._plan(view, 1) for view in views]
 
     def on_step(self, views: Sequence[LayerView]) -> Sequence[Plans]:
         """What leaves the window joins the mean."""
-        return [self._plan(view) for view in views]
+        return [self._plan(view, self.lag) for view in views]
 
     def window(self, num_seen: int) -> int:
         """Last entries that stay: max(s0, N / c), rounded up."""
         return max(self.s0, ceil(num_seen / Fraction(str(self.c))))
 
-    def _plan(self, view: LayerView) -> Plans:
+    def _plan(self, view: LayerView, least: int) -> Plans:
+        """Take the entries before the window out of each head where there are `least` of them."""
         layer, values = view.layer, view.state.values
         whole = self.roles.of(layer.layer_idx)
         if whole is None:
@@ -177,7 +183,7 @@ class Razor(PolicyBase):
         # The compensation token is the last of its row.
         real = [n - (gone > 0) for n, gone in zip(layer.lengths, dropped, strict=True)]
         ends = [n - self.window(view.num_seen) for n in real]  # where the window begins
-        heads = [h for h, end in enumerate(ends) if h not in whole and end > self.sinks]
+        heads = [h for h, end in enumerate(ends) if h not in whole and end - self.sinks >= least]
         if not heads:
             return ()
         rows = layer.rows()

@@ -127,7 +127,7 @@ def test_the_file_is_part_of_the_method():
     policy = build_policy(f"duo:gates={path}")
     digest = blake2b(Path(path).read_bytes(), digest_size=8).hexdigest()
     text = describe(policy)
-    assert text == f"duo:gates=gates.tsv,sparsity=0.5,sinks=64,window=256,digest={digest}"
+    assert text == f"duo:gates=gates.tsv,sparsity=0.5,sinks=64,window=256,lag=1,digest={digest}"
     assert build_policy(text) == policy
     write([[0.2, 0.9]])
     with pytest.raises(ConfigError, match=f"the method says {digest}"):
@@ -204,3 +204,20 @@ def test_quantiles_are_read_as_decimals():
     gates = np.arange(101)[:, None] / 101
     assert len(full_heads(Duo(write(gates), 0.07))) == 101 - 7
     assert math.ceil(0.07 * 100) == 8
+
+
+@torch.no_grad()
+def test_entries_leave_together(tmp_path):
+    """With a lag of 3, the window exceeds its size by at most 2."""
+    path = tmp_path / "gates.tsv"
+    path.write_text("0.9 0.1\n" * 3, encoding="utf-8")
+    model = tiny_model()
+    cache = kvlib.KVCache(model, Duo(str(path), 0.5, sinks=2, window=6, lag=3))
+    tokens = torch.randint(0, 199, (1, 30), generator=torch.Generator().manual_seed(0))
+    model(tokens, past_key_values=cache)
+    seen = []
+    for token in tokens[:, :7].split(1, 1):
+        model(token, past_key_values=cache)
+        seen.append(cache.layer_kv(0).lengths)
+    assert [streaming for _, streaming in seen] == [9, 10, 8, 9, 10, 8, 9]
+    assert seen[-1][0] == 37

@@ -409,3 +409,21 @@ def test_wrong_parameters_are_named(method, message, folder):
     """What was seen and what is expected."""
     with pytest.raises(ConfigError, match=message):
         build_policy(method)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lag", [1, 4])
+def test_entries_leave_together(lag):
+    """With a lag, the window exceeds its size by less than that, and nothing is lost."""
+    model = tiny_model()
+    caches = [kvlib.KVCache(model, Razor(heads="0.1", s0=8, c=1e6, lag=n)) for n in (1, lag)]
+    prompt = torch.randint(0, 199, (1, 40), generator=torch.Generator().manual_seed(0))
+    for step, tokens in enumerate([prompt, *prompt[:, :9].split(1, 1)]):
+        for cache in caches:
+            model(tokens, past_key_values=cache)
+        late = step % lag
+        assert caches[1].layer_kv(0).lengths[0] == 4 + 8 + 1 + late
+        assert caches[0].layer_kv(0).lengths[0] == 4 + 8 + 1
+        for cache, more in zip(caches, (0, late), strict=True):
+            weight = cache.layer_kv(0).row(0).log_weight[-1]
+            assert round(math.exp(float(weight))) == 40 + step - 12 - more
