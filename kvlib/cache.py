@@ -24,6 +24,7 @@ from kvlib.blocks import LayerKV
 from kvlib.cache_columns import Columns, NewColumns
 from kvlib.cache_copies import Copyable
 from kvlib.cache_decisions import Decisions, Forward, read_policy
+from kvlib.cache_hidden import watch_hidden
 from kvlib.cache_layers import EvictableLayer, alone, layer_of, make_layers
 from kvlib.cache_probe import Probes
 from kvlib.cache_signals import MAX_ROLLBACK, Signals
@@ -114,6 +115,8 @@ class KVCache(Copyable, Cache):
         self._probes = Probes(self, self._decoder, resources)
         self._start()
         watch(self._decoder, self, lambda cache: isinstance(cache, KVCache))
+        if self._needs.hidden:
+            watch_hidden(self._decoder, self)
 
     def _start(self) -> None:
         self.columns = Columns()
@@ -237,6 +240,10 @@ class KVCache(Copyable, Cache):
                 f"{self._model_name} that this KVCache was made for; make one for each model"
             )
 
+    def enter(self, module: nn.Module, hidden: Tensor | None) -> None:
+        """See `kvlib.model_hooks.HookedCache`."""
+        self._signals.hidden.enter(module, hidden)
+
     def needs_mask(self) -> bool:
         """See `kvlib.model_hooks.HookedCache`."""
         return not self._probes.running and any(layer.rows is None for layer in self._evictable)
@@ -245,6 +252,7 @@ class KVCache(Copyable, Cache):
         """See `kvlib.model_hooks.HookedCache`."""
         index: int = getattr(call.module, "layer_idx")  # noqa: B009
         layer = self.layers[index]
+        hidden = self._signals.hidden.leave(call.module)
         if not isinstance(layer, EvictableLayer):
             return None
         if layer.pending is None:
@@ -259,10 +267,11 @@ class KVCache(Copyable, Cache):
                 "support this model"
             )
         if self._probes.running:
-            return self._probes.attend(layer, call)
+            return self._probes.attend(layer, call, hidden)
         forward = self._forward
         assert forward is not None  # noqa: S101
         self._attended += 1
+        self._signals.hidden.keep(index, hidden, forward.new.valid, is_step=forward.is_step)
         logits = call.logits()
         if layer.rows is None:
             keys, values = layer.grow()
@@ -332,16 +341,16 @@ class KVCache(Copyable, Cache):
             return
         forward, self._forward = self._forward, None
         if failed or forward is None:
-            self._failed = True
+            self._fail()
             return
         if any(layer.pending is not None for layer in self._evictable):
-            self._failed = True
+            self._fail()
             raise ConfigError(
                 f"{self._model_name} caches keys but its attention does not go through "
                 "transformers' attention interface: KVCache does not support it"
             )
         if self._attended != len(self._evictable):
-            self._failed = True
+            self._fail()
             raise ConfigError(
                 f"only {self._attended} of {len(self._evictable)} layers ran over this KVCache: it "
                 "cannot be used where layers are skipped"
@@ -357,6 +366,10 @@ class KVCache(Copyable, Cache):
             self._commit(self._evictable, forward, [0] * self.columns.batch)
         self._done(forward)
 
+    def _fail(self) -> None:
+        self._failed = True
+        self._signals.hidden.clear()
+
     # Decisions
 
     def _commit(
@@ -367,7 +380,7 @@ class KVCache(Copyable, Cache):
                 layers, forward, removed, self.columns, self._signals, self.layer_kv, self._probes
             )
         except BaseException:  # some layers have been decided, others not
-            self._failed = True
+            self._fail()
             raise
 
     def _done(self, forward: Forward) -> None:

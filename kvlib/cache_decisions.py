@@ -9,13 +9,14 @@ import torch
 from kvlib.blocks import LayerKV
 from kvlib.cache_columns import Columns, NewColumns
 from kvlib.cache_layers import EvictableLayer
+from kvlib.cache_probe import Probes, check_rerun
 from kvlib.cache_rows import LayerRow, extend_entries
 from kvlib.cache_signals import Signals
 from kvlib.errors import ConfigError
 from kvlib.eviction import build_policy
 from kvlib.eviction.base import LayerView, Plans, Policy
 from kvlib.registry import parse_method
-from kvlib.spec import RopeSpec
+from kvlib.spec import LayerSpec
 
 __all__ = ["Decisions", "Forward", "read_policy"]
 
@@ -57,15 +58,21 @@ class Decisions:
 
     Args:
         policy: decides.
-        ropes: rotary embedding of each layer of the model.
+        specs: the layers of the model.
+
+    Raises:
+        ConfigError: the policy runs tokens again, and the model does not allow it.
     """
 
-    def __init__(self, policy: Policy, ropes: Sequence[RopeSpec | None]) -> None:
+    def __init__(self, policy: Policy, specs: Sequence[LayerSpec]) -> None:
         self.policy = policy
         needs = policy.needs
         self._whole_model, self._steps = needs.whole_model, needs.steps
         self._probe, self._prefill_plans = needs.probe, needs.prefill_plans
-        self._ropes = ropes
+        self._rerun = needs.rerun
+        if needs.rerun:
+            check_rerun(policy.name, specs)
+        self._ropes = [spec.rope for spec in specs]
 
     @torch.no_grad()
     def commit(
@@ -76,7 +83,7 @@ class Decisions:
         columns: Columns,
         signals: Signals,
         held: Callable[[int, int], LayerKV],
-        probe: Callable[[Sequence[LayerView], int], None],
+        probes: Probes,
     ) -> None:
         """Show layers to the policy and carry its plans out.
 
@@ -87,11 +94,12 @@ class Decisions:
             columns: of the cache.
             signals: what was observed.
             held: gives a layer of a sequence.
-            probe: runs the policy's extra passes over a sequence.
+            probes: runs the policy's extra passes over a sequence.
         """
         if forward.is_step and not self._steps and not any(map(_remembers, layers)):
             return
         chosen: list[list[Plans]] = [[] for _ in layers]
+        again: list[list[LayerRow]] = []
         for row in range(columns.batch):
             views = [
                 self._view(layer, row, forward, removed[row], columns, signals, held)
@@ -104,15 +112,20 @@ class Decisions:
             plans: list[Plans] = [() for _ in views]
             piece = self._prefill_plans and not (forward.is_step or forward.ends_prefill)
             if self._probe and (piece or forward.ends_prefill):
-                probe(views, row)
+                probes.run(self.policy, views, row)
             if piece:
                 plans = [plan for part in together for plan in self.policy.on_prefill_piece(part)]
+            elif forward.ends_prefill and self._rerun:
+                again.append(probes.rerun(self.policy, views, row))
             elif forward.ends_prefill:
                 plans = [plan for part in together for plan in self.policy.on_prefill_end(part)]
             elif forward.is_step and self._steps:
                 plans = [plan for part in together for plan in self.policy.on_step(part)]
             for mine, plan in zip(chosen, plans, strict=True):
                 mine.append(plan)
+        if any(again):
+            for layer in layers:
+                _replace(layer, [rows[layer.place] if rows else None for rows in again], held)
         for layer, mine in zip(layers, chosen, strict=True):
             if any(mine):
                 self._carry_out(layer, mine, held)
@@ -144,6 +157,7 @@ class Decisions:
             rope=self._ropes[layer.layer_idx],
             place=layer.place,
             num_layers=layer.num_layers,
+            hidden=signals.hidden.take(layer.layer_idx, row, removed),
             **seen._asdict(),
         )
 
@@ -168,6 +182,21 @@ class Decisions:
             if mine and layer.rows is None and rows[index].layer is before:
                 rows[index] = rows[index].fork()  # a plan that changes nothing copies nothing
         layer.fall_apart(rows)
+
+
+def _replace(
+    layer: EvictableLayer,
+    fresh: Sequence[LayerRow | None],
+    held: Callable[[int, int], LayerKV],
+) -> None:
+    """Hold a layer's `fresh` rows; of a sequence that has none, what is held now."""
+
+    def kept(index: int) -> LayerRow:
+        if layer.rows is not None:
+            return layer.rows[index]
+        return LayerRow(held(layer.layer_idx, index), layer.states[index]).fork()
+
+    layer.fall_apart([row or kept(index) for index, row in enumerate(fresh)])
 
 
 def _remembers(layer: EvictableLayer) -> bool:

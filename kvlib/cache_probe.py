@@ -1,50 +1,76 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Extra passes over a complete prompt that leave nothing behind (`Policy.probes`).
+"""Passes over a complete prompt besides its own.
 
-A probe's tokens see everything that the cache holds of one sequence, and each other, as if they
-followed it. Their keys and values live in the running layer only. In each layer the policy is shown
-the probe's queries beside what is held.
+**Probes** (`Policy.probes`) leave nothing behind. A probe's tokens see everything that the cache
+holds of one sequence, and each other, as if they followed it. Their keys and values live in the
+running layer only. In each layer the policy is shown the probe's queries beside what is held.
+
+A **rerun** (`Policy.rerun`) runs some of the prompt's tokens again as if they were the prompt, at
+consecutive positions; its keys and values take the place of what is held. The last token keeps its
+position, so that later ones follow. Where rotary frequencies are fixed only differences between
+positions matter, and the pass is the same as one that begins at 0.
 """
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from kvlib.attention import attend
-from kvlib.cache_layers import EvictableLayer
+from kvlib.blocks import LayerKV
+from kvlib.cache_columns import Columns
+from kvlib.cache_layers import EvictableLayer, alone
 from kvlib.cache_rows import LayerRow
 from kvlib.errors import ConfigError
 from kvlib.eviction.base import LayerState, LayerView, Policy, ProbeView, Resources
 from kvlib.model_hooks import AttentionCall
+from kvlib.spec import LayerKind, LayerSpec
 
-__all__ = ["Probes"]
+__all__ = ["Probes", "check_rerun"]
+
+
+def check_rerun(name: str, specs: Sequence[LayerSpec]) -> None:
+    """Refuse a policy of this name, which runs tokens again, for a model with these layers.
+
+    Raises:
+        ConfigError: a layer has a sliding window, or frequencies that depend on a length.
+    """
+    for index, spec in enumerate(specs):
+        if spec.kind is not LayerKind.FULL:
+            raise ConfigError(
+                f"{name} runs tokens of the prompt again through every layer, but layer {index} is "
+                f"of kind {spec.kind}: it takes a model whose layers all have full attention"
+            )
+        if spec.rope is not None:
+            try:
+                spec.rope.inverse_frequencies()
+            except ConfigError as exc:
+                raise ConfigError(f"{name} runs tokens at other positions: {exc}") from exc
 
 
 class Probes:
     """The extra passes of one cache.
 
     Args:
+        cache: the `KVCache`.
         decoder: runs the text layers.
         resources: what policies may use.
-
-    Attributes:
-        layers: of the cache; set before anything runs.
-        running: whether one runs now.
     """
 
-    def __init__(self, decoder: nn.Module, resources: Resources) -> None:
+    def __init__(self, cache: Any, decoder: nn.Module, resources: Resources) -> None:
         self.resources = resources
-        self.layers: Sequence[Any] = ()
+        self._cache = weakref.ref(cache)  # no cycle: a dropped cache is freed at once
         self._decoder = decoder
         self._pieces: list[Tensor] = []
         self._now: _Running | None = None
 
     @property
     def running(self) -> bool:
-        """Whether one runs now."""
+        """Whether a probe runs now."""
         return self._now is not None
 
     @property
@@ -74,21 +100,26 @@ class Probes:
         """The prompt is no longer needed."""
         self._pieces = []
 
-    def run(self, cache: Any, policy: Policy, views: Sequence[LayerView], row: int) -> None:
+    def _prompt(self, columns: Columns, row: int) -> Tensor:
+        """The token ids of one sequence, without padding."""
+        ids = torch.cat([piece[row] for piece in self._pieces])[: columns.num]
+        if columns.valid is not None:
+            ids = ids[columns.valid[row, : len(ids)].to(ids.device)]
+        return ids
+
+    def run(self, policy: Policy, views: Sequence[LayerView], row: int) -> None:
         """Run every probe of one sequence.
 
         Args:
-            cache: that the decoder is given.
             policy: looks on.
             views: of the sequence, all evictable layers.
             row: index in the batch.
         """
-        columns = cache.columns
-        ids = torch.cat([piece[row] for piece in self._pieces])[: columns.num]
-        if columns.valid is not None:
-            ids = ids[columns.valid[row, : len(ids)].to(ids.device)]
+        cache: Any = self._cache()
+        columns: Columns = cache.columns
+        ids = self._prompt(columns, row)
         by_layer = {view.layer.layer_idx: view for view in views}
-        sliding = [layer for layer in self.layers if not isinstance(layer, EvictableLayer)]
+        sliding = [layer for layer in cache.layers if not isinstance(layer, EvictableLayer)]
         start = columns.last_position(row) + 1
         try:
             for index, tokens in enumerate(policy.probes(ids, self.resources)):
@@ -106,7 +137,51 @@ class Probes:
         finally:
             self._now = None
 
-    def attend(self, layer: EvictableLayer, call: AttentionCall) -> Tensor:
+    def rerun(self, policy: Policy, views: Sequence[LayerView], row: int) -> list[LayerRow]:
+        """Run what the policy chooses of one sequence again.
+
+        Args:
+            policy: chooses.
+            views: of the sequence, all layers.
+            row: index in the batch.
+
+        Returns:
+            What each layer holds then; empty to keep what is held.
+        """
+        cache: Any = self._cache()
+        columns: Columns = cache.columns
+        ids = self._prompt(columns, row)
+        chosen = policy.rerun(ids, views)
+        if chosen is None:
+            return []
+        index = _checked(policy, chosen, len(ids)).to(ids.device)
+        if len(index) == len(ids):
+            return []
+        stop = columns.last_position(row) + 1
+        positions = torch.arange(stop - len(index), stop, dtype=torch.int32, device=ids.device)
+        # Not our own kind of cache: the policy is to see nothing of this pass.
+        again: Any = DynamicCache(config=self.resources.model.config)
+        self._decoder(
+            input_ids=ids[index][None],
+            position_ids=positions[None].long(),
+            past_key_values=again,
+            use_cache=True,
+        )
+        rows = []
+        for view, layer in zip(views, again.layers, strict=True):
+            keys, values = alone(layer.keys)[0], alone(layer.values)[0]
+            kv = LayerKV(
+                layer_idx=view.layer.layer_idx,
+                keys=keys,
+                values=values,
+                positions=positions.to(keys.device).repeat(len(keys), 1),
+            )
+            rows.append(LayerRow(kv, LayerState(values=view.state.values)))
+        return rows
+
+    def attend(
+        self, layer: EvictableLayer, call: AttentionCall, hidden: Tensor | None = None
+    ) -> Tensor:
         """The attention of a running probe's tokens in one layer, [1, n, Hq, Dv]."""
         assert layer.pending is not None and self._now is not None  # noqa: S101, PT018
         keys, values = (x[0] for x in layer.pending)
@@ -122,12 +197,29 @@ class Probes:
                 keys=keys,
                 logits=logits,
                 num_prompt=view.num_prompt,
+                hidden=None if hidden is None else hidden[0],
             )
         )
         row = LayerRow(view.layer, LayerState())
         positions = torch.arange(keys.shape[1], dtype=torch.int32, device=keys.device)
         row.append(keys, values, positions + now.start)
         return attend(call.query[0], row.layer, logits).output.transpose(0, 1)[None]
+
+
+def _checked(policy: Policy, chosen: Tensor, num: int) -> Tensor:
+    """Indices that a policy gave into `num` tokens."""
+    if (
+        chosen.dtype != torch.int64
+        or chosen.dim() != 1
+        or not 0 < len(chosen) <= num
+        or not 0 <= int(chosen[0]) <= int(chosen[-1]) < num
+        or bool((chosen[1:] <= chosen[:-1]).any())
+    ):
+        raise ConfigError(
+            f"policy {policy.name!r} chose {tuple(chosen.shape)} {chosen.dtype} tokens of {num} to "
+            "run again; it takes int64 [n] of at least one index, ascending"
+        )
+    return chosen
 
 
 class _Running(NamedTuple):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvlib.attention import Logits, column_maxima, column_sums
 from kvlib.blocks import LayerKV
+from kvlib.cache_hidden import HiddenStates
 from kvlib.cache_rows import LayerRow
 from kvlib.eviction.base import LayerState, Needs, QueryMoments
 from kvlib.plans import rotate
@@ -100,9 +101,13 @@ class Signals:
     Args:
         needs: what is computed.
         ropes: rotary embedding of each layer of the model.
+
+    Attributes:
+        hidden: what goes into the attention modules.
     """
 
     def __init__(self, needs: Needs, ropes: Sequence[RopeSpec | None] = ()) -> None:
+        self.hidden = HiddenStates(needs)
         self._needs = needs
         self._ropes = ropes
         self._held: dict[tuple[int, int], _Observed] = {}
@@ -111,7 +116,7 @@ class Signals:
     def nbytes(self) -> int:
         """Bytes held between a pass and its decision, and of the prompt's last queries."""
         tensors = [x for seen in self._held.values() for x in seen.tensors()]
-        return sum(x.numel() * x.element_size() for x in tensors)
+        return sum(x.numel() * x.element_size() for x in tensors) + self.hidden.nbytes
 
     def _window(self, *, is_step: bool) -> int:
         needs = self._needs
@@ -264,6 +269,7 @@ class Signals:
     def fork(self, needs: Needs | None = None) -> "Signals":
         """A copy, perhaps for fewer needs; its tensors are shared: none is ever written to."""
         twin = Signals(needs or self._needs, self._ropes)
+        twin.hidden.copy_from(self.hidden)
         twin._held = {key: replace(seen) for key, seen in self._held.items()}
         for seen in twin._held.values():
             if not twin._needs.prefill_column_sums:

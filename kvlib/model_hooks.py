@@ -30,7 +30,7 @@ from kvlib.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["AttentionCall", "HookedCache", "decoder_of", "untraced", "watch"]
+__all__ = ["AttentionCall", "HookedCache", "decoder_of", "running", "untraced", "watch"]
 
 IMPLEMENTATION = "kvlib"
 
@@ -90,6 +90,9 @@ class HookedCache(Protocol):
     def attend(self, key: Tensor, call: AttentionCall) -> Tensor | None:
         """[B, T, Hq, Dv], or None if these keys are not the cache's business."""
 
+    def enter(self, module: nn.Module, hidden: Tensor | None) -> None:
+        """A module with a `layer_idx` starts to work on these hidden states [B, T, d_model]."""
+
     def needs_mask(self) -> bool:
         """Whether some layer that is not sliding still attends with the model's own mask."""
 
@@ -108,6 +111,11 @@ _switched: dict[int, tuple[str, int]] = {}
 _watched: "weakref.WeakKeyDictionary[nn.Module, _Watch]" = weakref.WeakKeyDictionary()
 _gone: "deque[weakref.ref[nn.Module]]" = deque()
 """Decoders one cache of which is gone: garbage collection may find it while the lock is held."""
+
+
+def running() -> HookedCache | None:
+    """The cache of the innermost pass that runs in this thread."""
+    return _passes.stack[-1][1] if _passes.stack else None
 
 
 def decoder_of(model: "PreTrainedModel") -> nn.Module:

@@ -46,7 +46,9 @@ _SIGNALS = {
     "step_maxima": "column maxima of every step's attention",
     "last_queries": "the prompt's last {} queries",
     "query_moments": "mean and covariance of the prompt's queries",
+    "hidden": "hidden states",
     "probe": "extra passes over the prompt",
+    "rerun": "a second pass over some of the prompt's tokens",
 }
 
 

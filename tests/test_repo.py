@@ -248,6 +248,7 @@ FLOORS = (
         "cache",
         "cache_columns",
         "cache_decisions",
+        "cache_hidden",
         "cache_layers",
         "cache_probe",
         "cache_rows",
@@ -257,6 +258,7 @@ FLOORS = (
         "model_hooks",
         "model_spec",
         "prefix",
+        "selection",
         "tiered",
     },
     {
@@ -277,6 +279,7 @@ DECISIONS = {
     "attention",
     "cache",
     "cache_columns",
+    "cache_hidden",
     "cache_layers",
     "cache_rows",
     "cache_signals",

@@ -24,6 +24,7 @@ __all__ = ["CALIBRATIONS", "Progress", "calibrate"]
 
 CALIBRATIONS = {
     "epicache": "kvlib.calibration.epicache",
+    "kvzap": "kvlib.calibration.kvzap",
     "lazy": "kvlib.calibration.lazy",
     "razor": "kvlib.calibration.razor",
 }

@@ -82,6 +82,25 @@ def epicache(
     _run("epicache", model, out, dtype, device, options, {})
 
 
+@app.command()
+def kvzap(
+    model: ModelOption,
+    out: OutOption,
+    prompts: Annotated[int, typer.Option(help="Texts; every eighth is held out.")] = 64,
+    tokens: Annotated[int, typer.Option(help="Tokens of the longest texts.")] = 1000,
+    kind: Annotated[str, typer.Option(help="linear, or mlp with a hidden layer.")] = "linear",
+    pairs: Annotated[
+        int, typer.Option(help="Tokens of each text that mlp learns from, and R^2 is taken over.")
+    ] = 500,
+    seed: Annotated[int, typer.Option(help="Of texts, samples and first weights.")] = 0,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "cpu",
+) -> None:
+    """Train networks that guess from hidden states what KVzip would find out."""
+    options = {"prompts": prompts, "tokens": tokens, "kind": kind, "pairs": pairs, "seed": seed}
+    _run("kvzap", model, out, dtype, device, options, {})
+
+
 def _run(
     name: str,
     model: str,

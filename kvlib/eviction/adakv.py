@@ -42,6 +42,7 @@ class AdaKV:
     name: ClassVar[str] = "adakv"
     version: ClassVar[int] = 1
     status: ClassVar[str] = "stable"
+    fixed: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the parameters."""

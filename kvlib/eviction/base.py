@@ -45,6 +45,9 @@ class Needs:
         last_queries: this many last queries of the prompt themselves.
         query_moments: mean and covariance of the prompt's queries as they were before the rotary
             embedding, without those of this many first tokens; None for none.
+        hidden: what goes into the attention module for every new token, in the prompt and, if
+            `steps`, in every later forward. Held for all layers at once until the end of a forward
+            if `whole_model`.
         probe: extra passes over the complete prompt, see `Policy.probes`.
         rerun: a second pass over some of the prompt's tokens alone, see `Policy.rerun`.
         whole_model: whether plans depend on all layers together. If not, a layer is evicted as soon
@@ -64,6 +67,7 @@ class Needs:
     step_maxima: bool = False
     last_queries: int = 0
     query_moments: int | None = None
+    hidden: bool = False
     probe: bool = False
     rerun: bool = False
     whole_model: bool = False
@@ -101,6 +105,7 @@ class Needs:
                 self.prefill_column_sums,
                 self.step_column_sums,
                 self.step_maxima,
+                self.hidden,
                 self.probe,
                 self.rerun,
                 self.prefill_local_sums > 0,
@@ -197,6 +202,9 @@ class LayerView:
         last_queries: [Hq, w, D], the last queries of the prompt, after the rotary embedding, at the
             end of the prefill.
         query_moments: at the end of the prefill.
+        hidden: [num_new, d_model], what went into the layer's attention module (after the layer's
+            input norm) for this forward's tokens; None if not asked for, or in a forward of no
+            tokens.
         logits: how the layer makes logits, where any signal was asked for.
         rope: rotary embedding of the layer, None if it has none.
         place: index among the layers that policies see.
@@ -214,6 +222,7 @@ class LayerView:
     column_maxima: Tensor | None = None
     last_queries: Tensor | None = None
     query_moments: QueryMoments | None = None
+    hidden: Tensor | None = None
     logits: Logits = field(default_factory=Logits)
     rope: RopeSpec | None = None
     place: int = 0
@@ -253,6 +262,7 @@ class ProbeView:
         keys: [Hkv, n, D] of the probe's own tokens.
         logits: how the layer makes logits.
         num_prompt: tokens of the prompt.
+        hidden: [n, d_model], as in `LayerView`, of the probe's tokens.
     """
 
     layer: LayerKV
@@ -262,6 +272,7 @@ class ProbeView:
     keys: Tensor
     logits: Logits
     num_prompt: int
+    hidden: Tensor | None = None
 
 
 @runtime_checkable

@@ -57,6 +57,11 @@ class Composed(PolicyBase):
                 f"{' and '.join(extra)} cannot work with {self.tokens.name!r}, which does not keep "
                 "the highest of scores: put a scoring policy such as snapkv or h2o first"
             )
+        if self.channels is not None and self.tokens.needs.rerun:
+            raise ConfigError(
+                f"{self.tokens.name!r} runs the tokens it keeps again and {self.channels.name!r} "
+                "judges channels by the queries of the first pass: they cannot work together"
+            )
         if self.channels is not None and self.tokens.needs.step_keys:
             raise ConfigError(
                 f"{self.tokens.name!r} reads whole keys in every step and {self.channels.name!r} "
@@ -122,6 +127,10 @@ class Composed(PolicyBase):
     def on_probe(self, view: ProbeView) -> None:
         """The token policy's business."""
         self.tokens.on_probe(view)
+
+    def rerun(self, prompt: Tensor, views: Sequence[LayerView]) -> Tensor | None:
+        """The token policy's business."""
+        return self.tokens.rerun(prompt, views)
 
     def on_prefill_end(self, views: Sequence[LayerView]) -> Sequence[Plans]:
         """Which entries stay, then which channels of those."""

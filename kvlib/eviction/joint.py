@@ -33,6 +33,7 @@ class Joint:
     name: ClassVar[str] = "joint"
     version: ClassVar[int] = 1
     status: ClassVar[str] = "stable"
+    fixed: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the parameters."""

@@ -41,6 +41,7 @@ class Pyramid:
     name: ClassVar[str] = "pyramid"
     version: ClassVar[int] = 1
     status: ClassVar[str] = "stable"
+    fixed: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the parameters."""

@@ -44,6 +44,10 @@ class PolicyBase:
     def on_probe(self, view: ProbeView) -> None:
         """Nothing to note."""
 
+    def rerun(self, prompt: Tensor, views: Sequence[LayerView]) -> Tensor | None:
+        """Nothing is run again."""
+        return None
+
     def on_prefill_end(self, views: Sequence[LayerView]) -> Sequence[Plans]:
         """No plans."""
         return [() for _ in views]
@@ -111,6 +115,10 @@ class Allocator(Protocol):
     @property
     def whole_model(self) -> bool:
         """Whether all layers have to be known together."""
+
+    @property
+    def fixed(self) -> bool:
+        """Whether what a head is given stays fixed; if not, it is given anew at every decision."""
 
     def allocate(
         self,
@@ -191,12 +199,13 @@ def plan_scored(
 
     Args:
         scorer: gives scores and the budget.
-        allocator: None for the same budget everywhere. What it has given a head stays fixed
-            afterwards, in `state.values["budgets"]`.
+        allocator: None for the same budget everywhere. What one that is `fixed` has given a head
+            stays afterwards, in `state.values["budgets"]`.
         protect: entries that stay anyway; None for what the scorer brings along.
         views: layers that are decided together.
     """
     plans: list[Plans] = [() for _ in views]
+    fixed = allocator is None or allocator.fixed
     over = []
     for i, view in enumerate(views):
         target = scorer.target(view)
@@ -204,7 +213,8 @@ def plan_scored(
             continue
         given = view.state.values.get("budgets")
         budgets = None if given is None else given.tolist()
-        if max(view.layer.lengths) > (target if budgets is None else min(budgets)):
+        longest = max(view.layer.lengths)
+        if longest > (target if budgets is None else min(budgets)) or (longest and not fixed):
             scores = scorer.scores(view).expand(view.layer.num_kv_heads, -1)
             over.append((i, view, scores, target, budgets))
     fresh = [(view, scores, n) for _, view, scores, n, budgets in over if budgets is None]
@@ -213,7 +223,7 @@ def plan_scored(
         guard = protect or scorer.protected(fresh[0][2])
         layers, every, targets = (list(x) for x in zip(*fresh, strict=True))
         allocated = allocator.allocate(layers, every, targets, guard)
-        for (view, _, _), mine in zip(fresh, allocated, strict=True):
+        for (view, _, _), mine in zip(fresh, allocated, strict=True) if fixed else ():
             view.state.values["budgets"] = torch.tensor(mine)
     for i, view, scores, target, budgets in over:
         mine = allocated.pop(0) if budgets is None else budgets

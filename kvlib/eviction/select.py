@@ -103,6 +103,8 @@ def by_row(x: Tensor, layer: LayerKV) -> Tensor:
 def keep_highest(scores: Tensor, num: int) -> Tensor:
     """Indices [Hkv, num] of the highest scores [Hkv, S] of each head, ascending."""
     held = scores.shape[1]
+    if num == held:
+        return torch.arange(num, device=scores.device).expand(len(scores), -1)
     if num == held - 1:  # the usual step drops one entry of each head: the last of the lowest
         drop = held - 1 - scores.flip(1).argmin(1, keepdim=True)
         index = torch.arange(num, device=scores.device).expand(len(scores), -1)

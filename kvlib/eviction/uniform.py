@@ -23,6 +23,7 @@ class Uniform:
     name: ClassVar[str] = "uniform"
     version: ClassVar[int] = 1
     status: ClassVar[str] = "stable"
+    fixed: ClassVar[bool] = True
 
     @property
     def whole_model(self) -> bool:

@@ -224,7 +224,7 @@ class PolicyContract:
 
     # What is held
 
-    @pytest.mark.parametrize("group", [1, 4, 7])
+    @pytest.mark.parametrize("group", [1, 3, 4, 7])
     @pytest.mark.parametrize("prompt", _PROMPTS)
     def test_lengths_are_exact(self, group: int, prompt: int) -> None:
         """After the prompt and after every pass, for any number of query heads to a KV head."""

@@ -125,6 +125,12 @@ class Recorder(PolicyBase):
         """Pass it on."""
         self._policy.on_probe(view)
 
+    def rerun(self, prompt: Tensor, views: Sequence[LayerView]) -> Tensor | None:
+        """Pass it on and take notes."""
+        chosen = self._policy.rerun(prompt, views)
+        self._take_notes(views)
+        return chosen
+
     def on_prefill_end(self, views: Sequence[LayerView]) -> Sequence[Plans]:
         """Pass it on and take notes."""
         plans = self._policy.on_prefill_end(views)

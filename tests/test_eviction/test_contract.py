@@ -10,17 +10,19 @@ from typing import ClassVar
 import pytest
 import torch
 
+from kvlib.artefacts import save_artefact
 from kvlib.errors import ConfigError
 from kvlib.eviction import POLICIES, Needs, build_policy
 from kvlib.eviction.compose import compose
 from kvlib.eviction.duo import Duo
 from kvlib.eviction.epicache import EpiCache
 from kvlib.eviction.h2o import H2O
+from kvlib.eviction.kvzap import KVzap
 from kvlib.eviction.razor import Razor
 from kvlib.eviction.uniform import Uniform
 from kvlib.plans import KeepTokens
 from kvlib.testing.policies import PolicyContract
-from kvlib.testing.recorder import HEADS, LAYERS, random_tokens
+from kvlib.testing.recorder import HEAD_DIM, HEADS, LAYERS, random_tokens
 from tests.oracles.allocators import pyramid
 
 
@@ -63,6 +65,11 @@ class TestKVzipUniform(PolicyContract):
 
 class TestInfLLM(PolicyContract):
     method: ClassVar[str] = "infllm:budget={budget},block=4,window=6,queries=3,sinks=1,recent=2"
+    bounded_after_prefill: ClassVar[bool] = False
+
+
+class TestGemFilter(PolicyContract):
+    method: ClassVar[str] = "gemfilter:budget={budget}"
     bounded_after_prefill: ClassVar[bool] = False
 
 
@@ -251,6 +258,60 @@ class Patched(EpiCache):
 
     def probes(self, prompt, resources):
         return EpiCache.probes(self, prompt, replace(resources, patch=torch.arange(5)))
+
+
+@dataclass(frozen=True, slots=True)
+class Networked(KVzap):
+    """With a profile for each width of the contract's models, which have no name."""
+
+    def check(self, resources):
+        KVzap.check(self, replace(resources, identity=None))
+
+    def observe(self, view):
+        if view.hidden is not None:
+            file = f"{view.hidden.shape[1]}.kvzap"
+            KVzap.observe(replace(self, profile=file, digest=None), view)
+
+
+def random_networks(width):
+    """A profile for a model of this width."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {"layers": torch.arange(LAYERS)}
+    for layer in range(LAYERS):
+        tensors[f"{layer}.0.weight"] = torch.randn(HEADS, width, generator=generator)
+        tensors[f"{layer}.0.bias"] = torch.zeros(HEADS)
+    save_artefact(f"{width}.kvzap", kind="kvzap", model="contract", tensors=tensors, settings={})
+
+
+class TestKVzap(TestH2OJoint):
+    method: ClassVar[str] = "kvzap:profile=48.kvzap,budget={budget},window=4,sinks=1"
+    bounded_after_prefill: ClassVar[bool] = False
+
+    @pytest.fixture(autouse=True)
+    def _profile(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        for group in (1, 3, 4, 7):
+            random_networks(HEADS * group * HEAD_DIM)
+
+    def policy(self, budget):
+        return Networked("48.kvzap", budget, window=4, sinks=1)
+
+
+class TestKVzapThreshold(PolicyContract):
+    """Where nothing reaches tau, sinks and window are a budget; it has no fractions."""
+
+    method: ClassVar[str] = "kvzap:profile=48.kvzap,tau=1e9,sinks=2,window={budget}"
+    test_fraction_is_one_of_the_prompt = None
+
+    @pytest.fixture(autouse=True)
+    def _profile(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        for group in (1, 3, 4, 7):
+            random_networks(HEADS * group * HEAD_DIM)
+
+    def policy(self, budget):
+        entries = int(20 * budget) if isinstance(budget, float) else budget
+        return Networked("48.kvzap", budget, tau=1e9, window=entries - 2, sinks=2)
 
 
 class TestEpiCache(SharedInLayers):
