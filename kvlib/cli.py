@@ -75,18 +75,21 @@ def demo(
 
 @app.command("list")
 def list_plugins() -> None:
-    """Print every registered policy, codec, tier and task."""
+    """Print every registered policy, allocator, codec, tier and task."""
     from kvlib.codecs import CODECS, build_codec
     from kvlib.evals.tasks import TASKS, build_task
-    from kvlib.eviction import POLICIES, build_policy
+    from kvlib.eviction import ALLOCATORS, POLICIES
     from kvlib.registry import describe
     from kvlib.store import TIERS
 
     table = Table("family", "name", "status", "lossless", "with its defaults")
     table.columns[-1].overflow = "fold"
     for name in POLICIES.names():
-        policy = build_policy(name)
+        policy = POLICIES.build(name)
         table.add_row("policy", name, policy.status, "", describe(policy))
+    for name in ALLOCATORS.names():
+        allocator = ALLOCATORS.build(name)
+        table.add_row("allocator", name, allocator.status, "", describe(allocator))
     for name in CODECS.names():
         codec = build_codec(name)
         table.add_row(

@@ -4,14 +4,17 @@ from typer.testing import CliRunner
 
 from kvlib.cli import app, main
 from kvlib.codecs import CODECS
+from kvlib.evals.tasks import TASKS
+from kvlib.eviction import ALLOCATORS, POLICIES
 from kvlib.store import TIERS
 
 
-def test_list_prints_every_codec_and_tier():
+def test_list_prints_every_plugin():
     """`kvlib list` shows what the registries hold."""
     result = CliRunner().invoke(app, ["list"])
     assert result.exit_code == 0
-    for name in [*CODECS.names(), *TIERS.names()]:
+    families = (POLICIES, ALLOCATORS, CODECS, TIERS, TASKS)
+    for name in [name for family in families for name in family.names()]:
         assert name in result.output
 
 
