@@ -31,7 +31,7 @@ from kvlib.cache_signals import MAX_ROLLBACK, Signals
 from kvlib.errors import ConfigError
 from kvlib.eviction.base import LayerState, Needs, Policy, Resources
 from kvlib.model_hooks import AttentionCall, decoder_of, untraced, watch
-from kvlib.model_spec import layer_specs
+from kvlib.model_spec import layer_specs, spec_for_model
 from kvlib.registry import describe
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class KVCache(Copyable, Cache):
             draft=draft,
             patch=patch,
             ropes=self._ropes,
-            identity=self._identity,
+            identity=lambda: model_identity(spec_for_model(model, model_id=model_id)),
         )
         for each in () if _restoring else (policy, *self._defer):
             each.check(resources)
@@ -169,9 +169,6 @@ class KVCache(Copyable, Cache):
         valid = None if self.columns.valid is None else self.columns.valid[sequence]
         positions = self.columns.token_positions(sequence)
         return layer_of(layer_idx, layer.keys[sequence], layer.values[sequence], positions, valid)
-
-    def _identity(self) -> str:
-        return model_identity(self.spec)
 
     # A forward pass, as the hooks report it
 
