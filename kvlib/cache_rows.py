@@ -195,31 +195,40 @@ class LayerRow:
         index = torch.stack(list(only.rows)).to(layer.keys.device)
         order = torch.arange(num, device=index.device)
         gone = held - num
-        checks = [
-            (index[:, 1:] <= index[:, :-1]).any(),
-            index[:, 0].amin(),
-            index[:, -1].amax(),
-            (index == order).sum(1).amin(),  # ascending: the front of the row, which may stay
-            (index == order + gone).sum(1).amin(),  # or its back
-        ]
-        disorder, lowest, highest, front, back = torch.stack([x.long() for x in checks]).tolist()
-        if disorder or lowest < 0 or highest >= held:
-            return False  # apply_plan says what is wrong
+        if gone == 1:  # the usual step: fewer questions say as much
+            gap = (index == order).sum(1)
+            if not torch.equal(index, order + (order >= gap[:, None])):
+                return False
+            gaps = gap.tolist()
+            front, back = min(gaps), num - max(gaps)
+        else:
+            checks = [
+                (index[:, 1:] <= index[:, :-1]).any(),
+                index[:, 0].amin(),
+                index[:, -1].amax(),
+                (index == order).sum(1).amin(),  # ascending: the front of the row, which may stay
+                (index == order + gone).sum(1).amin(),  # or its back
+            ]
+            found = torch.stack([x.long() for x in checks]).tolist()
+            disorder, lowest, highest, front, back = found
+            if disorder or lowest < 0 or highest >= held:
+                return False  # apply_plan says what is wrong
         merged: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         if merge is not None:
-            found = _merged(merge, buffers, self._start, held, index)
-            if found is None:
+            changes = _merged(merge, buffers, self._start, held, index)
+            if changes is None:
                 return False
-            merged = found
+            merged = changes
         rest = layer.select_rest(only.rows)
         # Either what lies behind the gaps moves to the front, or what lies before them to the back.
         begin, end, shift = (front, num, 0) if front >= back else (0, num - back, gone)
-        moved = index[:, begin:end] + self._start
+        heads, room = buffers[0].shape[:2]
+        firsts = torch.arange(self._start, heads * room, room, device=index.device)
+        source = (index[:, begin:end] + firsts[:, None]).flatten()
+        where = slice(self._start + shift + begin, self._start + shift + end)
         for x in buffers:
-            starts = torch.arange(0, x.shape[0] * x.shape[1], x.shape[1], device=x.device)
-            picked = x.flatten(0, 1).index_select(0, (moved + starts[:, None]).flatten())
-            where = slice(self._start + shift + begin, self._start + shift + end)
-            x[:, where] = picked.view(x.shape[0], -1, *x.shape[2:])
+            moved = x.flatten(0, 1).index_select(0, source)
+            x[:, where] = moved.view(heads, -1, *x.shape[2:])
         self._start += shift
         for x, head, slot, new in merged:
             x[head, slot + self._start] = new
