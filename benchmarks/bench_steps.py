@@ -96,11 +96,11 @@ def compare(bench: Bench, name: str, method: str, prompt: int, repeats: int) -> 
 
 def main() -> None:
     """Run and report."""
-    parser = common.parser(__doc__, repeats=30)
+    parser = common.parser(__doc__, repeats=15)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--model", default="smollm2", choices=["smollm2", "random"])
     parser.add_argument("--dtypes", default="float32")
-    parser.add_argument("--tokens", type=int, default=4096, help="length of the prompt")
+    parser.add_argument("--tokens", type=int, default=2560, help="length of the prompt")
     parser.add_argument("--held", type=int, default=2048, help="budget in tokens")
     parser.add_argument("--only", default="", help="names separated by ','")
     args = parser.parse_args()

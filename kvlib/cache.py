@@ -119,7 +119,7 @@ class KVCache(Copyable, Cache):
             watch_hidden(self._decoder, self)
 
     def _start(self) -> None:
-        self.columns = Columns()
+        self._columns = Columns()
         self._deferred = bool(self._defer)
         self._needs = Needs.union([other.needs for other in (self.policy, *self._defer)])
         self._signals = Signals(self._needs, self._ropes)
@@ -141,12 +141,12 @@ class KVCache(Copyable, Cache):
         for layer in self._sliding:  # these are views of a step's tensors, which stay alive
             held = [x for x in (layer.keys, layer.values) if x is not None]
             total += sum(x.untyped_storage().nbytes() for x in held)
-        return total + self.columns.nbytes + self._signals.nbytes + self._probes.nbytes
+        return total + self._columns.nbytes + self._signals.nbytes + self._probes.nbytes
 
     @property
     def num_columns(self) -> int:
         """Columns ever seen: tokens, evicted ones included, and padding."""
-        return self.columns.num
+        return self._columns.num
 
     @property
     def method(self) -> str:
@@ -166,8 +166,8 @@ class KVCache(Copyable, Cache):
             return layer.rows[sequence].layer
         if layer.keys is None or layer.values is None:
             raise ConfigError(f"layer {layer_idx} is empty")
-        valid = None if self.columns.valid is None else self.columns.valid[sequence]
-        positions = self.columns.token_positions(sequence)
+        valid = None if self._columns.valid is None else self._columns.valid[sequence]
+        positions = self._columns.token_positions(sequence)
         return layer_of(layer_idx, layer.keys[sequence], layer.values[sequence], positions, valid)
 
     # A forward pass, as the hooks report it
@@ -186,13 +186,13 @@ class KVCache(Copyable, Cache):
                 "KVCache returns no attention weights: leave output_attentions out. A policy gets "
                 "sums of them as signals (kvlib.eviction.Needs)"
             )
-        new = self.columns.read(arguments)
+        new = self._columns.read(arguments)
         self._commit_open(0)
         chunk = self.prefill_chunk_size
         if self._in_prefill and self._whole_chunk and new.num == 1 != chunk:
             self.end_prefill()
         self._warn_about_pieces(new.num)
-        if self.columns.batch == 0:
+        if self._columns.batch == 0:
             for layer in self._evictable:
                 layer.states = [LayerState() for _ in new.positions]
         if self._in_prefill and (self._needs.probe or self._needs.rerun):
@@ -204,7 +204,7 @@ class KVCache(Copyable, Cache):
             is_step=not self._in_prefill,
             ends_prefill=self._in_prefill and not self._whole_chunk,
         )
-        self.columns.add(new, to_prompt=self._in_prefill)
+        self._columns.add(new, to_prompt=self._in_prefill)
 
     def _check_usable(self) -> None:
         if self._failed:
@@ -275,12 +275,12 @@ class KVCache(Copyable, Cache):
             output, _ = call.original(
                 call.module, call.query, keys, values, call.mask, **call.options
             )
-            for row in range(self.columns.batch):
+            for row in range(self._columns.batch):
                 self._observe(layer, row, call.query[row], logits)
         else:
             output = self._attend_rows(layer, call, logits)
         if not (self.record_past or self._deferred or self._needs.whole_model):
-            self._commit([layer], forward, [0] * self.columns.batch)
+            self._commit([layer], forward, [0] * self._columns.batch)
         return output
 
     @torch.no_grad()
@@ -327,7 +327,7 @@ class KVCache(Copyable, Cache):
         )
         for row, mine in enumerate(sums):
             if at_once:
-                self._signals.put(layer.layer_idx, row, mine)
+                self._signals.put(layer.layer_idx, row, mine, logits)
             else:
                 self._observe(layer, row, call.query[row], logits)
         return output
@@ -352,7 +352,7 @@ class KVCache(Copyable, Cache):
                 f"only {self._attended} of {len(self._evictable)} layers ran over this KVCache: it "
                 "cannot be used where layers are skipped"
             )
-        self.columns.advance(forward.new)
+        self._columns.advance(forward.new)
         if forward.new.num > 1:  # else a window would keep the whole pass alive
             for layer in self._sliding:
                 layer.keys, layer.values = alone(layer.keys), alone(layer.values)
@@ -360,7 +360,7 @@ class KVCache(Copyable, Cache):
             self._open = forward
             return
         if self._needs.whole_model:
-            self._commit(self._evictable, forward, [0] * self.columns.batch)
+            self._commit(self._evictable, forward, [0] * self._columns.batch)
         self._done(forward)
 
     def _fail(self) -> None:
@@ -374,7 +374,7 @@ class KVCache(Copyable, Cache):
     ) -> None:
         try:
             self._decisions.commit(
-                layers, forward, removed, self.columns, self._signals, self.layer_kv, self._probes
+                layers, forward, removed, self._columns, self._signals, self.layer_kv, self._probes
             )
         except BaseException:  # some layers have been decided, others not
             self._fail()
@@ -384,13 +384,13 @@ class KVCache(Copyable, Cache):
         self._in_prefill &= not forward.ends_prefill
         if not self._in_prefill:
             self._probes.clear()
-        self.columns.settle(keep_positions=self.needs_mask())
+        self._columns.settle(keep_positions=self.needs_mask())
 
     def end_prefill(self) -> None:
         """Say that the prompt is complete: what the policy drops goes now."""
         self._check_usable()
         self._commit_open(0)
-        columns = self.columns
+        columns = self._columns
         if not self._in_prefill or columns.batch == 0:
             return
         nothing = NewColumns(0, None, torch.zeros(columns.batch, 0, dtype=torch.int32))
@@ -459,7 +459,8 @@ class KVCache(Copyable, Cache):
 
     def _remove(self, num: int) -> list[int]:
         """Take the last columns out of everything; returns the tokens each sequence lost."""
-        lost = self.columns.remove(num) if num else [0] * self.columns.batch
+        lost = self._columns.remove(num) if num else [0] * self._columns.batch
+        self._probes.truncate(self.num_columns)
         for layer in self._evictable:
             if layer.keys is not None and layer.values is not None:
                 layer.keys = layer.keys[..., : self.num_columns, :]

@@ -212,7 +212,7 @@ class Copyable:
         model_id: str | None
         layers: list[Any]
         _model: "PreTrainedModel"
-        columns: Columns
+        _columns: Columns
         _signals: Signals
         _probes: Probes
         _needs: Needs
@@ -257,7 +257,7 @@ class Copyable:
         )
         twin._probes.copy_prompt(self._probes)
         _copy_into(twin.layers, self.layers)
-        twin.columns = self.columns.fork()
+        twin._columns = self._columns.fork()
         return twin
 
     def decided(self, policy: Policy) -> Self:
@@ -298,12 +298,13 @@ class Copyable:
             layer.take_sequences(beam_idx)
         for layer in self._sliding:
             layer.reorder_cache(beam_idx)
-        self.columns.take(order)
+        self._columns.take(order)
         self._signals.take(order)
+        self._probes.take(order)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence."""
-        self.reorder_cache(torch.arange(self.columns.batch).repeat_interleave(repeats))
+        self.reorder_cache(torch.arange(self._columns.batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these sequences."""
@@ -323,17 +324,17 @@ class Copyable:
         """
         self._check_usable()
         self._commit_open(0)
-        if self.columns.batch == 0 or self._in_prefill:
+        if self._columns.batch == 0 or self._in_prefill:
             raise ConfigError("a snapshot needs a complete prompt: see KVCache.end_prefill")
         if sequence is None:
-            if self.columns.batch > 1:
-                raise ConfigError(f"which of the {self.columns.batch} sequences? to_snapshot(0)")
+            if self._columns.batch > 1:
+                raise ConfigError(f"which of the {self._columns.batch} sequences? to_snapshot(0)")
             sequence = 0
         held = [
             self.layer_kv(index, sequence) if isinstance(layer, EvictableLayer) else None
             for index, layer in enumerate(self.layers)
         ]
-        return _snapshot_of(self.spec, self.policy, self.layers, held, self.columns, sequence)
+        return _snapshot_of(self.spec, self.policy, self.layers, held, self._columns, sequence)
 
     @classmethod
     def from_snapshot(
@@ -372,7 +373,7 @@ class Copyable:
                 f"({snapshot.block.spec.dtype}), this one is {cache.spec.model_id!r} "
                 f"({cache.spec.dtype})"
             )
-        cache.columns = _restored_columns(snapshot, cache.policy, model.device)
+        cache._columns = _restored_columns(snapshot, cache.policy, model.device)
         _fill_from_snapshot(cache.layers, snapshot, model.device)
         cache._in_prefill = False
         return cache

@@ -112,11 +112,11 @@ class Decisions:
             plans: list[Plans] = [() for _ in views]
             piece = self._prefill_plans and not (forward.is_step or forward.ends_prefill)
             if self._probe and (piece or forward.ends_prefill):
-                probes.run(self.policy, views, row)
+                probes.run(self.policy, views, row, columns)
             if piece:
                 plans = [plan for part in together for plan in self.policy.on_prefill_piece(part)]
             elif forward.ends_prefill and self._rerun:
-                again.append(probes.rerun(self.policy, views, row))
+                again.append(probes.rerun(self.policy, views, row, columns))
             elif forward.ends_prefill:
                 plans = [plan for part in together for plan in self.policy.on_prefill_end(part)]
             elif forward.is_step and self._steps:

@@ -100,23 +100,32 @@ class Probes:
         """The prompt is no longer needed."""
         self._pieces = []
 
+    def truncate(self, num: int) -> None:
+        """Only the first `num` columns of the prompt are left."""
+        if self._pieces:
+            self._pieces = [torch.cat(self._pieces, dim=1)[:, :num]]
+
+    def take(self, order: Sequence[int]) -> None:
+        """Make the batch consist of these sequences."""
+        self._pieces = [piece[list(order)] for piece in self._pieces]
+
     def _prompt(self, columns: Columns, row: int) -> Tensor:
         """The token ids of one sequence, without padding."""
-        ids = torch.cat([piece[row] for piece in self._pieces])[: columns.num]
+        ids = torch.cat([piece[row] for piece in self._pieces])
         if columns.valid is not None:
             ids = ids[columns.valid[row, : len(ids)].to(ids.device)]
         return ids
 
-    def run(self, policy: Policy, views: Sequence[LayerView], row: int) -> None:
+    def run(self, policy: Policy, views: Sequence[LayerView], row: int, columns: Columns) -> None:
         """Run every probe of one sequence.
 
         Args:
             policy: looks on.
             views: of the sequence, all evictable layers.
             row: index in the batch.
+            columns: of the cache.
         """
         cache: Any = self._cache()
-        columns: Columns = cache.columns
         ids = self._prompt(columns, row)
         by_layer = {view.layer.layer_idx: view for view in views}
         sliding = [layer for layer in cache.layers if not isinstance(layer, EvictableLayer)]
@@ -137,19 +146,20 @@ class Probes:
         finally:
             self._now = None
 
-    def rerun(self, policy: Policy, views: Sequence[LayerView], row: int) -> list[LayerRow]:
+    def rerun(
+        self, policy: Policy, views: Sequence[LayerView], row: int, columns: Columns
+    ) -> list[LayerRow]:
         """Run what the policy chooses of one sequence again.
 
         Args:
             policy: chooses.
             views: of the sequence, all layers.
             row: index in the batch.
+            columns: of the cache.
 
         Returns:
             What each layer holds then; empty to keep what is held.
         """
-        cache: Any = self._cache()
-        columns: Columns = cache.columns
         ids = self._prompt(columns, row)
         chosen = policy.rerun(ids, views)
         if chosen is None:

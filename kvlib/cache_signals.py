@@ -69,11 +69,14 @@ class _Moments(NamedTuple):
     first: Tensor
     second: Tensor
 
-    def plus(self, queries: Tensor) -> "_Moments":
-        """With more queries [Hq, t, D]."""
-        x = queries.double()
-        second = self.second + x.transpose(1, 2) @ x
-        return _Moments(self.num + x.shape[1], self.first + x.sum(1), second)
+    def plus(self, queries: Sequence[Tensor]) -> "_Moments":
+        """With more queries [t, D] of each head; a head at a time, or float64 would fill memory."""
+        first, second = self.first.clone(), self.second.clone()
+        for head, mine in enumerate(queries):
+            x = mine.double()
+            first[head] += x.sum(0)
+            second[head] += x.T @ x
+        return _Moments(self.num + len(queries[0]), first, second)
 
     def result(self) -> QueryMoments:
         """Mean and covariance; of no queries at all, zeros."""
@@ -141,11 +144,11 @@ class Signals:
             return self.wants(is_step=True)
         return needs.step_column_sums and not (needs.step_query_window or needs.step_maxima)
 
-    def put(self, layer_idx: int, sequence: int, sums: Tensor | None) -> None:
+    def put(self, layer_idx: int, sequence: int, sums: Tensor | None, logits: Logits) -> None:
         """Take column sums that came with the attention itself."""
         needs = self._needs
         self._held[layer_idx, sequence] = _Observed(
-            Logits(),
+            logits,
             sums=sums if needs.step_column_sums else None,
             maxima=sums if needs.step_maxima else None,
             window_sums=sums if needs.step_query_window else None,
@@ -207,14 +210,14 @@ class Signals:
         if not is_step and needs.query_moments is not None:
             positions = layer.positions_tensor()[0][-query.shape[1] :]
             rope = self._ropes[layer.layer_idx]
-            plain = query if rope is None else _unrotated(query, positions, rope)
             skip = max(needs.query_moments - (max(layer.lengths) - query.shape[1]), 0)
+            plain = [_unrotated(x[skip:], positions[skip:], rope) for x in query]
             heads, _, width = query.shape
             old = seen.moments
             if old is None:
                 zeros = torch.zeros(heads, width, width, dtype=torch.float64, device=query.device)
                 old = _Moments(0, zeros[..., 0], zeros)
-            seen.moments = old.plus(plain[:, skip:])
+            seen.moments = old.plus(plain)
 
     def collect(
         self,
@@ -302,8 +305,8 @@ def _without_last(layer: LayerKV, num: int) -> LayerKV:
     return row.layer
 
 
-def _unrotated(query: Tensor, positions: Tensor, rope: RopeSpec) -> Tensor:
-    """Queries [Hq, t, D] turned back by their positions, int32 [t]; an attention factor stays."""
-    shifts = -positions.to(query.device).repeat(len(query))
-    plain = rotate(query.float().flatten(0, 1), shifts, rope)
-    return plain.view(*query.shape)
+def _unrotated(query: Tensor, positions: Tensor, rope: RopeSpec | None) -> Tensor:
+    """Queries [t, D] of one head turned back by their positions; an attention factor stays."""
+    if rope is None:
+        return query
+    return rotate(query.float(), -positions.to(query.device), rope)

@@ -75,10 +75,10 @@ def demo(
 
 @app.command("list")
 def list_plugins() -> None:
-    """Print every registered policy, allocator, codec, tier and task."""
+    """Print every registered policy and its parts, codec, tier and task."""
     from kvlib.codecs import CODECS, build_codec
     from kvlib.evals.tasks import TASKS, build_task
-    from kvlib.eviction import ALLOCATORS, POLICIES
+    from kvlib.eviction import ALLOCATORS, POLICIES, PROTECTORS
     from kvlib.registry import describe
     from kvlib.store import TIERS
 
@@ -87,9 +87,10 @@ def list_plugins() -> None:
     for name in POLICIES.names():
         policy = POLICIES.build(name)
         table.add_row("policy", name, policy.status, "", describe(policy))
-    for name in ALLOCATORS.names():
-        allocator = ALLOCATORS.build(name)
-        table.add_row("allocator", name, allocator.status, "", describe(allocator))
+    for family, registry in (("allocator", ALLOCATORS), ("protector", PROTECTORS)):
+        for name in registry.names():
+            part = registry.build(name)
+            table.add_row(family, name, part.status, "", describe(part))
     for name in CODECS.names():
         codec = build_codec(name)
         table.add_row(

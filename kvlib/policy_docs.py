@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from kvlib.errors import ConfigError
-from kvlib.eviction import ALLOCATORS, POLICIES, Needs, Resources
-from kvlib.eviction.scored import Protect
+from kvlib.eviction import ALLOCATORS, POLICIES, PROTECTORS, Needs, Resources
 
 __all__ = ["policies_page"]
 
@@ -62,8 +61,8 @@ def policies_page() -> str:
     for name in names:
         cls = POLICIES.get(name)
         about = cls.about
-        status = "" if cls.status == "stable" else f" ({cls.status})"
-        parts.append(f"\n## {name}\n\n{about.idea}{status and ' Experimental.'}\n\n")
+        status = "" if cls.status == "stable" else " Experimental."
+        parts.append(f"\n## {name}\n\n{about.idea}{status}\n\n")
         parts.append(_parameters(cls))
         parts.append(f"- **Decides**: {about.when}.\n- **Needs**: {_needs(cls)}.\n")
         parts.append(f"- **Cost**: {about.cost}.\n- **Source**: {about.paper}.\n")
@@ -71,13 +70,13 @@ def policies_page() -> str:
     parts.append("\n# Allocators\n\nWhat shares a budget between heads and layers.\n")
     parts += [_part(name, ALLOCATORS.get(name)) for name in ALLOCATORS.names()]
     parts.append("\n# Protector\n")
-    parts.append(_part("protect", Protect))
+    parts += [_part(name, PROTECTORS.get(name)) for name in PROTECTORS.names()]
     return "".join(parts)
 
 
 def _part(name: str, cls: Any) -> str:
     module: Any = inspect.getmodule(cls)
-    text = str(cls.__doc__ if cls is Protect else module.__doc__)
+    text = str(cls.__doc__ if name in PROTECTORS.names() else module.__doc__)
     text = re.sub(r"\n\n *Args:.*", "", text, flags=re.DOTALL)
     text = re.sub(r" *\n(?!\n)(?<!\n\n) *", " ", inspect.cleandoc(text)).strip()
     return f"\n## {name}\n\n{text}\n\n{_parameters(cls)}"
@@ -89,7 +88,7 @@ def _needs(cls: Any) -> str:
     for name, text in _SIGNALS.items():
         value = getattr(needs, name)
         if value is not None and value is not False and (value is True or value != 0):
-            found.append(text.format(value))
+            found.append(text.format(value).replace("last 1 queries", "last query"))
     if "profile" in {f.name for f in fields(cls)}:
         found.append("a calibration" if _must_be_calibrated(cls) else "a calibration if given")
     return ", ".join(found) or "nothing"

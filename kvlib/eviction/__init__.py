@@ -24,6 +24,7 @@ from kvlib.registry import Method, MethodCall, Registry, parse_method, suggest
 __all__ = [
     "ALLOCATORS",
     "POLICIES",
+    "PROTECTORS",
     "About",
     "LayerState",
     "LayerView",
@@ -48,13 +49,13 @@ POLICIES: Registry[Policy] = Registry(
         "h2o": "kvlib.eviction.h2o:H2O",
         "infllm": "kvlib.eviction.infllm:InfLLM",
         "keydiff": "kvlib.eviction.keydiff:KeyDiff",
-        "lazy": "kvlib.eviction.lazy:Lazy",
         "kvzap": "kvlib.eviction.kvzap:KVzap",
         "kvzip": "kvlib.eviction.kvzip:KVzip",
+        "lazy": "kvlib.eviction.lazy:Lazy",
         "random": "kvlib.eviction.random:Random",
         "razor": "kvlib.eviction.razor:Razor",
-        "speckv": "kvlib.eviction.speckv:SpecKV",
         "snapkv": "kvlib.eviction.snapkv:SnapKV",
+        "speckv": "kvlib.eviction.speckv:SpecKV",
         "streaming": "kvlib.eviction.streaming:Streaming",
         "think": "kvlib.eviction.think:ThinK",
         "tova": "kvlib.eviction.tova:TOVA",
@@ -73,7 +74,10 @@ ALLOCATORS: Registry[Any] = Registry(
 )
 """What shares a budget between heads and layers. Alone in a method, one works with SnapKV."""
 
-_PROTECT = "protect"
+PROTECTORS: Registry[Any] = Registry("protectors", {"protect": "kvlib.eviction.scored:Protect"})
+"""What stays whatever its score."""
+
+_PARTS: tuple[Registry[Any], ...] = (POLICIES, ALLOCATORS, PROTECTORS)
 
 
 def build_policy(method: str | MethodCall | Method) -> Policy:
@@ -103,19 +107,11 @@ def build_policy(method: str | MethodCall | Method) -> Policy:
 
 
 def _build_part(call: MethodCall) -> Any:
-    if call.name == _PROTECT:
-        from kvlib.eviction.scored import Protect
-
-        table: Registry[Any] = Registry("protectors", {_PROTECT: f"{Protect.__module__}:Protect"})
-        return table.build(call)
-    if call.name in ALLOCATORS.names():
-        return ALLOCATORS.build(call)
-    if call.name not in POLICIES.names():
-        known = [*POLICIES.names(), *ALLOCATORS.names(), _PROTECT]
-        raise UnknownPluginError(
-            f"no policy is named {call.name!r:.80}.{suggest(call.name, known)}"
-        )
-    return POLICIES.build(call)
+    for registry in _PARTS:
+        if call.name in registry.names():
+            return registry.build(call)
+    known = [name for registry in _PARTS for name in registry.names()]
+    raise UnknownPluginError(f"no policy is named {call.name!r:.80}.{suggest(call.name, known)}")
 
 
 def _with_scorer(call: MethodCall) -> list[MethodCall]:

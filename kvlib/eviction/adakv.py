@@ -42,17 +42,13 @@ class AdaKV:
     name: ClassVar[str] = "adakv"
     version: ClassVar[int] = 1
     status: ClassVar[str] = "stable"
+    whole_model: ClassVar[bool] = False
     fixed: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the parameters."""
         if not 0 <= self.floor <= 1:
             raise ConfigError(f"adakv: floor is a share in [0, 1], got {self.floor}")
-
-    @property
-    def whole_model(self) -> bool:
-        """Each layer by itself."""
-        return False
 
     def allocate(
         self,

@@ -93,7 +93,8 @@ class Needs:
         moments = {n.query_moments for n in every if n.query_moments is not None}
         if len(moments) > 1:
             raise ConfigError(
-                f"query moments without the first {sorted(moments)} tokens cannot be had together"
+                f"statistics of queries without the first {sorted(moments)} tokens cannot be had "
+                "in one prefill: give these policies the same sinks, or compare them in two runs"
             )
         return cls(**merged)
 
@@ -282,8 +283,10 @@ class Policy(Protocol):
     `version` grows when what is remembered changes its meaning: older snapshots are then refused.
 
     A policy object holds no state and serves any number of sequences. Calls for one layer, in
-    order: `on_prefill_chunk` for every forward of the prompt, then the probes if it asks for them,
-    `on_prefill_end` once, then `on_step` after every later forward, of one token or of many.
+    order: `on_prefill_chunk` for every forward of the prompt; after the last one the probes if it
+    asks for them, then `on_prefill_end` (or `rerun`) once; then `on_step` after every later
+    forward, of one token or of many. With `Needs.prefill_plans`, probes and `on_prefill_piece`
+    follow every earlier forward of the prompt too.
     """
 
     @property

@@ -116,9 +116,10 @@ class Composed(PolicyBase):
 
     def on_prefill_piece(self, views: Sequence[LayerView]) -> Sequence[Plans]:
         """The token policy's business."""
-        if isinstance(self.tokens, ScoredPolicy):
-            return self._scored(self.tokens, views)
-        return self.tokens.on_prefill_piece(views)
+        scorer = self._scorer
+        return (
+            self.tokens.on_prefill_piece(views) if scorer is None else self._scored(scorer, views)
+        )
 
     def probes(self, prompt: Tensor, resources: Resources) -> Sequence[Tensor]:
         """The token policy's business."""

@@ -33,17 +33,13 @@ class Joint:
     name: ClassVar[str] = "joint"
     version: ClassVar[int] = 1
     status: ClassVar[str] = "stable"
+    whole_model: ClassVar[bool] = True
     fixed: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the parameters."""
         if not 0 <= self.floor <= 1:
             raise ConfigError(f"joint: floor is a share in [0, 1], got {self.floor}")
-
-    @property
-    def whole_model(self) -> bool:
-        """All layers together."""
-        return True
 
     def allocate(
         self,

@@ -41,17 +41,13 @@ class Pyramid:
     name: ClassVar[str] = "pyramid"
     version: ClassVar[int] = 1
     status: ClassVar[str] = "stable"
+    whole_model: ClassVar[bool] = False
     fixed: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the parameters."""
         if not 1 <= self.beta < math.inf:
             raise ConfigError(f"pyramid: beta must be 1 or more, got {self.beta}")
-
-    @property
-    def whole_model(self) -> bool:
-        """A layer's place and the length of the prompt say it all."""
-        return False
 
     def allocate(
         self,

@@ -40,17 +40,13 @@ class Threshold:
     name: ClassVar[str] = "threshold"
     version: ClassVar[int] = 1
     status: ClassVar[str] = "stable"
+    whole_model: ClassVar[bool] = False
     fixed: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the parameters."""
         if not math.isfinite(self.tau):
             raise ConfigError(f"threshold: tau is a finite number, got {self.tau}")
-
-    @property
-    def whole_model(self) -> bool:
-        """Each layer by itself."""
-        return False
 
     def allocate(
         self,

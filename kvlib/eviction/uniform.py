@@ -23,12 +23,8 @@ class Uniform:
     name: ClassVar[str] = "uniform"
     version: ClassVar[int] = 1
     status: ClassVar[str] = "stable"
+    whole_model: ClassVar[bool] = False
     fixed: ClassVar[bool] = True
-
-    @property
-    def whole_model(self) -> bool:
-        """Each layer by itself."""
-        return False
 
     def allocate(
         self,

@@ -43,8 +43,8 @@ def storages(cache: kvlib.KVCache) -> int:
         for state in getattr(layer, "states", ()):
             for x in (*state.entries.values(), *state.values.values()):
                 add(x)
-    add(cache.columns.positions)
-    add(cache.columns.valid)
+    add(cache._columns.positions)
+    add(cache._columns.valid)
     return sum(seen.values())
 
 

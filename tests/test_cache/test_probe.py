@@ -106,6 +106,24 @@ def test_each_sequence_has_its_own():
 
 
 @torch.no_grad()
+def test_the_prompt_is_what_is_left_of_it():
+    """Tokens that were taken back between pieces are not in it, and sequences may change places."""
+    model = tiny_model().double()
+    policy = Looks((ids(4, seed=3)[0],))
+    cache = kvlib.KVCache(model, policy, prefill_chunk_size=5)
+    cache.activate_past_recording()
+    pieces = [ids(n, 2, seed=n) for n in (5, 6, 3)]
+    model(pieces[0], past_key_values=cache)
+    cache.crop(-2)
+    model(pieces[1], past_key_values=cache)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    model(pieces[2], past_key_values=cache)
+    cache.crop(0)
+    first = torch.cat([pieces[0][:, :3], pieces[1]], dim=1)[[1, 0]]
+    assert policy.prompts == torch.cat([first, pieces[2]], dim=1).tolist()
+
+
+@torch.no_grad()
 def test_what_probes_refuse():
     """Embeddings; a policy that does not decide for the whole model; one that fails."""
     model = tiny_model()
