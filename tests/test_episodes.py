@@ -68,10 +68,11 @@ def test_clusters_are_found_and_always_the_same(seed):
     expected = sorted(tuple(np.flatnonzero(label == i).tolist()) for i in set(label))
     found = cluster(vectors, 4, seed=42)
     assert found == expected
+    noise = np.random.default_rng(seed).standard_normal((50, 8)).astype(np.float32)
+    first = cluster(noise, 6, seed=1)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    noise = np.random.default_rng(seed).standard_normal((50, 8)).astype(np.float32)
-    assert cluster(noise, 6, seed=1) == cluster(noise, 6, seed=1)
+    assert cluster(noise, 6, seed=1) == first
 
 
 def test_fewer_vectors_than_clusters():
@@ -113,7 +114,8 @@ def test_each_topic_is_an_episode(loaded):
     for number, topic in enumerate(TOPICS):
         assert cache.route(f"what of the {topic}?") == number
         assert all(topic in cache.segments[i] for i in cache.episodes[number].typical)
-    assert calls == [(i, calls[-1][1]) for i in range(len(calls))]
+    pieces = -(-(len("\n".join(SAID)) + 1) // 160)  # bytes are tokens
+    assert calls == [(i, 3 * pieces) for i in range(3 * pieces + 1)]
     assert cache.nbytes == sum(episode.cache.nbytes for episode in cache.episodes)
 
 

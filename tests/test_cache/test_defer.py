@@ -23,7 +23,7 @@ def methods():
     names = [name for name in POLICIES.names() if "budget" in own_params(POLICIES.get(name))]
     more = {"lazy": ",window=4", "kvzip": ",instruct=false"}
     every = [f"{name}:budget={b}{more.get(name, '')}" for name in names for b in budgets]
-    return ["full", "razor:heads=0.1,s0=5", *every]
+    return ["full", "razor:heads=0.1,s0=5", "think:ratio=0.4,window=4,recent=3", *every]
 
 
 def is_calibrated(policy, resources):
@@ -51,6 +51,14 @@ def same(one, other, layers):
             assert torch.equal(mine.values, its.values)
             assert isinstance(mine.positions, range) == isinstance(its.positions, range)
             assert torch.equal(torch.as_tensor(mine.positions), torch.as_tensor(its.positions))
+            assert mine.equal(its)
+            states = [
+                x.states[row] if x.rows is None else x.rows[row].state
+                for x in (one.layers[layer], other.layers[layer])
+            ]
+            for a, b in zip(*((x.entries, x.values) for x in states), strict=True):
+                assert a.keys() == b.keys()
+                assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 @torch.no_grad()
@@ -60,8 +68,10 @@ def test_every_policy_decides_as_it_would_alone(padded):
     model = tiny_model()
     options = {"draft": tiny_model(num_hidden_layers=1, seed=3), "patch": ids(5, seed=9)[0]}
     resources = Resources(model=model, **options)
-    policies = [p for m in methods() if is_calibrated(p := build_policy(m), resources)]
-    assert len(policies) > 30
+    policies = [build_policy(method) for method in methods()]
+    left_out = [p.name for p in policies if not is_calibrated(p, resources)]
+    assert left_out == ["kvzap"] * 3
+    policies = [p for p in policies if p.name not in left_out]
     policies += [SnapKV(budget=0.25, window=5), EveryLayerTogether(budget=0.5)]
     mask = torch.ones(2, 40, dtype=torch.int64)
     if padded:
@@ -140,7 +150,7 @@ def test_what_cannot_be_decided_is_refused():
 
 @torch.no_grad()
 def test_taking_tokens_back_while_decisions_are_open():
-    """Refused, unless it was recorded; then it is as if they had never been there."""
+    """Refused, unless it was recorded; then the cache decides as if they had never been there."""
     model = tiny_model()
     policy = SnapKV(budget=0.5, window=4)
     cache = kvlib.KVCache(model, defer=[policy])
@@ -148,6 +158,20 @@ def test_taking_tokens_back_while_decisions_are_open():
     with pytest.raises(ConfigError, match="activate_past_recording"):
         cache.crop(-3)
     cache.decided(policy)
+    cache = kvlib.KVCache(model, policy, defer=[H2O(budget=0.5)])
+    cache.activate_past_recording()
+    model(ids(40), past_key_values=cache)
+    cache.crop(-3)
+    alone = kvlib.KVCache(model, policy)
+    model(ids(40)[:, :37], past_key_values=alone)
+    for layer in range(3):
+        mine, its = cache.layer_kv(layer), alone.layer_kv(layer)
+        assert mine.lengths == (19, 19)
+        assert torch.equal(mine.positions_tensor(), its.positions_tensor())
+        torch.testing.assert_close(mine.keys, its.keys)
+        torch.testing.assert_close(mine.values, its.values)
+    with pytest.raises(ConfigError, match="no decision about a prompt is open"):
+        cache.decided(H2O(budget=0.5))
 
 
 @torch.no_grad()

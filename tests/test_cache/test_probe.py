@@ -43,6 +43,26 @@ class Looks(PolicyBase):
         self.views.append(view)
 
 
+@dataclass(frozen=True)
+class LastQueries(PolicyBase):
+    """Notes so many last queries of a prompt, by layer."""
+
+    num: int
+    seen: dict = field(default_factory=dict)
+    name: ClassVar[str] = "last"
+    version: ClassVar[int] = 1
+    status: ClassVar[str] = "experimental"
+    about: ClassVar = Full.about
+
+    @property
+    def needs(self):
+        return Needs(last_queries=self.num, steps=False)
+
+    def on_prefill_end(self, views):
+        self.seen.update({view.layer.layer_idx: view.last_queries for view in views})
+        return [() for _ in views]
+
+
 def models():
     yield "llama", tiny_model().double()
     yield (
@@ -72,7 +92,11 @@ def test_probes_see_the_prompt_and_leave_nothing(name, model):
         expected = longer.layer_kv(view.layer.layer_idx).keys
         torch.testing.assert_close(view.keys, expected[:, 30:], rtol=1e-4, atol=1e-5)
         assert torch.equal(view.layer.keys, plain.layer_kv(view.layer.layer_idx).keys)
-        assert view.query.shape[1] == tokens.shape[1]
+        last = LastQueries(tokens.shape[1])
+        model(torch.cat([prompt, tokens], 1), past_key_values=kvlib.KVCache(model, last))
+        expected = last.seen[view.layer.layer_idx]
+        assert view.query.shape == expected.shape
+        torch.testing.assert_close(view.query, expected, rtol=1e-4, atol=1e-5)
         assert view.num_prompt == 30
     for _ in range(2):
         mine = model(step, past_key_values=cache).logits

@@ -93,6 +93,10 @@ def check(layers, counts, kept, budget, sinks, window):
             assert indices == oracle.choose(row, num, safe)
 
 
+def everything(layers):
+    return [[list(range(len(row))) for row in rows] for rows in layers]
+
+
 def tables(layers, heads, sizes):
     """Scores that tie often, [layers][heads][entries], equally long in all layers."""
     return st.tuples(st.integers(*layers), st.integers(*heads), sizes).flatmap(
@@ -128,6 +132,8 @@ def test_adakv_equals_its_definition(layers, within, floor):
             assert min(mine) >= fixed + int(Fraction(floor) * (budget - fixed))
     if max(len(row) for rows in layers for row in rows) > budget:
         check(layers, counts, kept, budget, sinks, window)
+    else:
+        assert kept == everything(layers)
 
 
 @MORE
@@ -139,8 +145,10 @@ def test_joint_equals_its_definition(layers, within, floor):
     assert counts == oracle.share(layers, budget, sinks, window, floor)
     fair = [min(budget * len(rows), sum(map(len, rows))) for rows in layers]
     assert sum(map(sum, counts)) == sum(fair)
-    if all(max(map(len, rows)) > budget for rows in layers):
+    if max(len(row) for rows in layers for row in rows) > budget:
         check(layers, counts, kept, budget, sinks, window)
+    else:
+        assert kept == everything(layers)
 
 
 @MORE

@@ -12,7 +12,7 @@ import torch
 
 from kvlib.artefacts import save_artefact
 from kvlib.errors import ConfigError
-from kvlib.eviction import POLICIES, Needs, build_policy
+from kvlib.eviction import ALLOCATORS, POLICIES, Needs, build_policy
 from kvlib.eviction.compose import compose
 from kvlib.eviction.duo import Duo
 from kvlib.eviction.epicache import EpiCache
@@ -249,6 +249,11 @@ class TestSnapKVJoint(TestH2OJoint):
     bounded_after_prefill: ClassVar[bool] = False
 
 
+class TestKVzip(TestH2OJoint):
+    method: ClassVar[str] = "kvzip:budget={budget},chunk=16,sinks=1,instruct=false"
+    bounded_after_prefill: ClassVar[bool] = False
+
+
 @dataclass(frozen=True, slots=True)
 class Patched(EpiCache):
     """With a patched prompt, which the contract's caches are not given."""
@@ -339,6 +344,15 @@ class TestPyramid(PolicyContract):
         return [[n + later] * HEADS for n in mine]
 
 
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """What the policies under contract read, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    Path("gates.tsv").write_text("0.1\t0.9\n0.2\t0.3\n", encoding="utf-8")
+    for group in (1, 3, 4, 7):
+        random_networks(HEADS * group * HEAD_DIM)
+
+
 @pytest.mark.parametrize(
     ("cls", "heads", "layers"),
     [
@@ -346,11 +360,14 @@ class TestPyramid(PolicyContract):
         (TestH2OAdaKV, True, False),
         (TestH2OJoint, True, True),
         (TestSnapKVJoint, True, True),
+        (TestKVzip, True, True),
+        (TestKVzap, True, True),
         (TestPyramid, False, True),
         (TestEpiCache, True, False),
         (TestEpiCacheUniform, False, False),
     ],
 )
+@pytest.mark.usefixtures("files")
 def test_budgets_are_not_uniform(cls, heads, layers):
     """Else the contract of compositions would be that of their scorers."""
     cache, _ = cls().run([random_tokens(1, 48, seed=1)])
@@ -367,9 +384,33 @@ def contracts():
 
 
 def test_every_registered_policy_is_under_contract():
-    """A policy in the table has a contract subclass in this file."""
-    covered = {cls.method.partition(":")[0] for cls in contracts() if hasattr(cls, "method")}
+    """A policy in the table has a contract subclass in this file, in which it is alone."""
+    methods = [cls.method for cls in contracts() if hasattr(cls, "method")]
+    covered = {method.partition(":")[0] for method in methods if "+" not in method}
     assert sorted(set(POLICIES.names()) - covered) == []
+
+
+@pytest.mark.usefixtures("files")
+def test_contracts_are_of_what_they_name():
+    """Whatever `policy` they override; every allocator is at work in one of them."""
+    allocators = set()
+    for cls in contracts():
+        if hasattr(cls, "method"):
+            name = cls.method.partition(":")[0]
+            table = POLICIES if name in POLICIES.names() else ALLOCATORS
+            policy = cls().policy(12)
+            parts = getattr(policy, "parts", (policy,))
+            assert any(isinstance(part, table.get(name)) for part in parts), cls
+            allocators.add(type(getattr(policy, "allocator", None)))
+    assert allocators >= {ALLOCATORS.get(name) for name in ALLOCATORS.names()}
+
+
+def test_only_fractions_are_switched_off():
+    """By contracts of policies that have none."""
+    tests = [name for name in vars(PolicyContract) if name.startswith("test_")]
+    off = {(cls.__name__, x) for cls in contracts() for x in tests if getattr(cls, x) is None}
+    fraction = "test_fraction_is_one_of_the_prompt"
+    assert off == {(name, fraction) for name in ("TestRazor", "TestDuo", "TestKVzapThreshold")}
 
 
 # What it catches: policies that are wrong in one way each

@@ -585,6 +585,8 @@ def test_in_a_model(group, options):
             layer = cache.layers[index]
             if layer.rows is not None:
                 assert_layer(layer.rows[0], expected)
+            else:
+                assert [len(row) for row in expected.rows] == [theirs.num_seen] * 2
     assert theirs.merges > 0
 
 

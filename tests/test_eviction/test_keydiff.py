@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import kvlib
 from kvlib.errors import ConfigError
-from kvlib.eviction import build_policy
+from kvlib.eviction import LayerState, LayerView, build_policy
 from kvlib.eviction.keydiff import KeyDiff
 from kvlib.testing.models import tiny_model
 from tests.oracles import keydiff as oracle
@@ -43,8 +43,6 @@ def test_choices_are_the_oracles(seed, tokens, budget, window, scale):
         values=torch.zeros(2, tokens, 4),
         positions=torch.arange(tokens, dtype=torch.int32).expand(2, -1),
     )
-    from kvlib.eviction import LayerState, LayerView
-
     view = LayerView(
         layer=layer, state=LayerState(), num_new=tokens, num_prompt=tokens, num_seen=tokens
     )
@@ -82,6 +80,10 @@ def test_equal_keys_keep_the_first():
     """Ties are broken like everywhere: the lower index stays."""
     keys = torch.ones(1, 6, 4)
     assert KeyDiff.of_keys(keys).unique().numel() == 1
+    layer = kvlib.LayerKV(layer_idx=0, keys=keys, values=keys, positions=range(6))
+    view = LayerView(layer=layer, state=LayerState(), num_new=6, num_prompt=6, num_seen=6)
+    ((plan,),) = KeyDiff(budget=3).on_prefill_end([view])
+    assert [row.tolist() for row in plan.rows] == [[0, 1, 2]]
     assert KeyDiff.of_keys(torch.zeros(1, 6, 4)).isfinite().all()
 
 

@@ -456,8 +456,6 @@ def test_networks_that_do_not_fit_are_named():
         model(ids(9), past_key_values=kvlib.KVCache(model, "kvzap:profile=n.kvzap", **identity))
     random_networks(model, file="wide.kvzap")
     policy = build_policy("kvzap:profile=wide.kvzap")
-    cache = kvlib.KVCache(wide, "full", **identity, _restoring=True)
-    cache.policy = policy
     with pytest.raises(ConfigError, match="48 channels and 2 KV heads; layer 0 has 96 and 2"):
         wide(ids(9), past_key_values=kvlib.KVCache(wide, policy, **identity, _restoring=True))
 
