@@ -6,13 +6,14 @@ is the same for all codecs; see `kvlib.codecs.pack`.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kvlib.blocks import KVBlock
+from kvlib.blocks import KVBlock, LayerKV
 from kvlib.codecs.container import (
     Buffer,
     Container,
@@ -25,8 +26,42 @@ from kvlib.errors import (
     UnsupportedInputError,
 )
 from kvlib.registry import describe
+from kvlib.spec import EXACT, KVSpec, storage_fingerprint
 
-__all__ = ["Codec", "MatrixCodec", "describe_codec", "raw_view", "unsupported_dtype"]
+__all__ = [
+    "Codec",
+    "CodecCaps",
+    "MatrixCodec",
+    "codec_fingerprint",
+    "describe_codec",
+    "raw_section",
+    "raw_view",
+    "read_raw",
+    "unsupported_dtype",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CodecCaps:
+    """What users of a codec have to know before they store or split what it makes.
+
+    Attributes:
+        fixed_rate: encoded sizes depend on shapes only.
+        mixes_heads: KV heads of a layer are coded together, so a rank that holds some of the heads
+            cannot use it.
+        removes_rope: keys are stored unrotated; decoding needs the positions.
+        profile: id of the calibration artefact that decoding needs, "" without one.
+        layer_group: so many consecutive layers, from a multiple of it on, are decoded together.
+    """
+
+    fixed_rate: bool = False
+    mixes_heads: bool = False
+    removes_rope: bool = False
+    profile: str = ""
+    layer_group: int = 1
+
+
+_PLAIN = CodecCaps()
 
 
 def raw_view(x: Tensor) -> "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]":
@@ -58,6 +93,14 @@ class Codec(Protocol):
     status: ClassVar[str]
     lossless: ClassVar[bool]
 
+    def caps(self, spec: KVSpec) -> CodecCaps:
+        """What it does with blocks of `spec`.
+
+        Raises:
+            ConfigError: its calibration artefact belongs to another model.
+        """
+        ...
+
     def encode(self, block: KVBlock) -> list[Section]:
         """KEYS and VALUES sections (and CODEC ones) of every layer of `block`, layer after layer.
 
@@ -66,10 +109,14 @@ class Codec(Protocol):
         """
         ...
 
-    def decode(self, container: Container, layer_idx: int, keys: Tensor, values: Tensor) -> None:
-        """Decode one layer into `keys` and `values` (CPU, [Hkv, T, C] or [N, C]).
+    def decode(self, container: Container, spec: KVSpec, layers: Sequence[LayerKV]) -> None:
+        """Fill the keys and values of `layers` in place.
 
-        Their last dimension is contiguous; the others need not be.
+        Args:
+            container: what `encode` made, and the side sections beside it.
+            spec: of the block.
+            layers: on the CPU, complete and valid but for the numbers in keys and values, whose
+                last dimension is contiguous; the others need not be.
 
         Raises:
             CorruptDataError: the sections are malformed.
@@ -84,6 +131,10 @@ class MatrixCodec:
     the tensor, the tensor's own bytes are stored instead (`SectionFlag.RAW`), so encoding never
     grows a section.
     """
+
+    def caps(self, spec: KVSpec) -> CodecCaps:
+        """See `Codec.caps`."""
+        return _PLAIN
 
     def encode_matrix(self, x: Tensor) -> list[Buffer] | None:
         """Encode a contiguous CPU matrix [N, D], N, D > 0; None when it must be stored raw."""
@@ -107,36 +158,71 @@ class MatrixCodec:
         parts = self.encode_matrix(matrix) if raw_bytes else []
         if parts is not None and sum(memoryview(p).nbytes for p in parts) < raw_bytes:
             return Section(kind, layer_idx, raw_bytes, tuple(parts))
-        raw = (raw_view(matrix).data.cast("B"),) if raw_bytes else ()
-        return Section(kind, layer_idx, raw_bytes, raw, SectionFlag.RAW)
+        return raw_section(kind, layer_idx, matrix)
 
-    def decode(self, container: Container, layer_idx: int, keys: Tensor, values: Tensor) -> None:
+    def decode(self, container: Container, spec: KVSpec, layers: Sequence[LayerKV]) -> None:
         """See `Codec.decode`."""
-        for kind, out in ((SectionKind.KEYS, keys), (SectionKind.VALUES, values)):
-            info, data = container.read(kind, layer_idx)
-            raw_bytes = out.numel() * out.element_size()
-            if info.raw_bytes != raw_bytes:
-                raise CorruptDataError(
-                    f"layer {layer_idx}: {kind.name.lower()} decode to {info.raw_bytes} bytes; the "
-                    f"shape needs {raw_bytes}"
-                )
-            if info.flags & SectionFlag.RAW:
-                if info.stored_bytes != raw_bytes:
-                    raise CorruptDataError(
-                        f"layer {layer_idx}: a raw section of {info.stored_bytes} bytes for "
-                        f"{raw_bytes}"
-                    )
-                if raw_bytes:
-                    target = raw_view(out)
-                    np.copyto(target, np.frombuffer(data, np.uint8).reshape(target.shape))
-            elif raw_bytes:
-                self.decode_matrix(data, out)
+        for layer in layers:
+            for kind, out in ((SectionKind.KEYS, layer.keys), (SectionKind.VALUES, layer.values)):
+                if not read_raw(container, kind, layer.layer_idx, out) and out.numel():
+                    self.decode_matrix(container.read(kind, layer.layer_idx)[1], out)
+
+
+def raw_section(kind: SectionKind, layer_idx: int, x: Tensor) -> Section:
+    """The section that holds the own bytes of `x`, on the CPU and contiguous."""
+    raw_bytes = x.numel() * x.element_size()
+    raw = (raw_view(x).data.cast("B"),) if raw_bytes else ()
+    return Section(kind, layer_idx, raw_bytes, raw, SectionFlag.RAW)
+
+
+def read_raw(container: Container, kind: SectionKind, layer_idx: int, out: Tensor) -> bool:
+    """Copy a section that holds the tensor's own bytes into `out`; False if it is an encoded one.
+
+    Raises:
+        CorruptDataError: its size is not that of `out`.
+    """
+    info, data = container.read(kind, layer_idx)
+    raw_bytes = out.numel() * out.element_size()
+    if info.raw_bytes != raw_bytes:
+        raise CorruptDataError(
+            f"layer {layer_idx}: {kind.name.lower()} decode to {info.raw_bytes} bytes; the "
+            f"shape needs {raw_bytes}"
+        )
+    if not info.flags & SectionFlag.RAW:
+        return False
+    if info.stored_bytes != raw_bytes:
+        raise CorruptDataError(
+            f"layer {layer_idx}: a raw section of {info.stored_bytes} bytes for {raw_bytes}"
+        )
+    if raw_bytes:
+        target = raw_view(out)
+        np.copyto(target, np.frombuffer(data, np.uint8).reshape(target.shape))
+    return True
 
 
 def describe_codec(codec: Codec) -> str:
     """The codec's canonical string, ``int8@1:group=64``: part of storage identities."""
     name, colon, rest = describe(codec).partition(":")
     return f"{name}@{codec.version}{colon}{rest}"
+
+
+def codec_fingerprint(
+    spec: KVSpec,
+    codec: Codec,
+    *,
+    fidelity: str = EXACT,
+    head_range: tuple[int, int] | None = None,
+    layers: Sequence[int] | None = None,
+) -> bytes:
+    """`kvlib.spec.storage_fingerprint` of what `codec` makes of blocks of `spec`."""
+    return storage_fingerprint(
+        spec,
+        describe_codec(codec),
+        fidelity=fidelity,
+        head_range=head_range,
+        layers=layers,
+        profile=codec.caps(spec).profile,
+    )
 
 
 def unsupported_dtype(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvlib.blocks import SYNTHETIC, KVBlock, LayerKV
-from kvlib.codecs.base import Codec, describe_codec
+from kvlib.codecs.base import Codec, CodecCaps, codec_fingerprint, describe_codec
 from kvlib.codecs.container import (
     MAX_DECODED_BYTES,
     Buffer,
@@ -27,12 +27,14 @@ from kvlib.codecs.container import (
 from kvlib.codecs.header import WHOLE_BLOCK
 from kvlib.errors import (
     CapacityError,
+    ConfigError,
     CorruptDataError,
     IncompatibleDataError,
     ShapeError,
+    UnsupportedInputError,
 )
 from kvlib.keys import BlockKey
-from kvlib.spec import DTYPES, EXACT, KVSpec, LayerKind, storage_digest, storage_fingerprint
+from kvlib.spec import DTYPES, EXACT, KVSpec, LayerKind, storage_digest
 
 __all__ = ["LayerOut", "decode_block", "encode_block"]
 
@@ -70,13 +72,22 @@ def encode_block(
         state: bytes of the STATE section, None for none.
 
     Raises:
-        UnsupportedInputError: the codec cannot represent the block.
+        UnsupportedInputError: the codec cannot represent the block, or mixes heads of which the
+            block holds only some.
+        ConfigError: the codec's calibration artefact belongs to another model.
         ShapeError: positions, weights or channels are malformed (`LayerKV.validate`) or leave the
             block: a reader would refuse them.
     """
     for layer in block.layers:
         _check_contents(block, layer)
         _check_heads(block.spec, layer.layer_idx, layer.num_kv_heads, head_range)
+    caps = codec.caps(block.spec)
+    if caps.mixes_heads and head_range is not None:
+        raise UnsupportedInputError(
+            f"{describe_codec(codec)} codes the heads of a layer together and cannot store heads "
+            f"{head_range[0]}..{head_range[1] - 1} alone: use a codec that codes each head by "
+            "itself for tensor-parallel ranks"
+        )
     sections: dict[int, list[Section]] = {layer.layer_idx: [] for layer in block.layers}
     sections[WHOLE_BLOCK] = []  # last
     for section in codec.encode(block):
@@ -91,15 +102,13 @@ def encode_block(
         extra = _side_sections(layer)
         explicit |= any(s.kind is SectionKind.POSITIONS for s in extra)
         sections[layer.layer_idx][:0] = extra
-    flags = (Flag.LOSSLESS if codec.lossless else Flag(0)) | (
-        Flag.POSITIONS_EXPLICIT if explicit else Flag(0)
-    )
+    flags = _codec_flags(codec, caps) | (Flag.POSITIONS_EXPLICIT if explicit else Flag(0))
     return build_container(
         [section for mine in sections.values() for section in mine],
         spec_fingerprint=block.spec.fingerprint(),
-        storage_fingerprint=storage_fingerprint(
+        storage_fingerprint=codec_fingerprint(
             block.spec,
-            describe_codec(codec),
+            codec,
             fidelity=fidelity,
             head_range=head_range,
             layers=[layer.layer_idx for layer in block.layers],
@@ -113,10 +122,24 @@ def encode_block(
         flags=flags,
         fidelity=fidelity,
         head_range=head_range,
+        profile=caps.profile,
         writer=f"kvlib {_version()}",
         alignment=alignment,
         mac_key=mac_key,
     )
+
+
+def _codec_flags(codec: Codec, caps: CodecCaps) -> Flag:
+    flags = Flag(0)
+    for is_set, flag in (
+        (codec.lossless, Flag.LOSSLESS),
+        (caps.removes_rope, Flag.ROPE_REMOVED),
+        (caps.mixes_heads, Flag.MIXES_HEADS),
+        (bool(caps.profile), Flag.PROFILE_NEEDED),
+    ):
+        if is_set:
+            flags |= flag
+    return flags
 
 
 def _check_contents(block: KVBlock, layer: LayerKV) -> None:
@@ -248,7 +271,7 @@ def decode_block(
 
         codec_for = codec_from_canonical
     codec = codec_for(header.codec)
-    _check_flags(header, codec)
+    caps = _check_codec(header, codec, spec)
     identity = storage_digest(
         header.spec_fingerprint,
         header.codec,
@@ -270,19 +293,31 @@ def decode_block(
             f"layers {sorted(set(layers) - {s.layer_idx for s in wanted})} are not in the container"
         )
 
-    def one(shape: LayerShape) -> LayerKV:
-        return _decode_layer(
-            container, spec, codec, shape, None if out is None else out.get(shape.layer_idx)
-        )
+    layers_out = tuple(
+        _empty_layer(container, spec, shape, None if out is None else out.get(shape.layer_idx))
+        for shape in wanted
+    )
+
+    def fill(some: Sequence[LayerKV]) -> None:
+        try:
+            codec.decode(container, spec, some)
+        except MemoryError as exc:
+            raise CapacityError(f"no memory to decode layer {some[0].layer_idx}") from exc
 
     if executor is None:
-        decoded = tuple(map(one, wanted))
+        fill(layers_out)
     else:
-        futures = [executor.submit(one, shape) for shape in wanted]
+        group: dict[int, list[LayerKV]] = {}
+        for layer in layers_out:
+            group.setdefault(layer.layer_idx // caps.layer_group, []).append(layer)
+        futures = [executor.submit(fill, some) for some in group.values()]
         wait(futures)  # also after an error: nothing writes into `out` once this has returned
-        decoded = tuple(future.result() for future in futures)
+        for future in futures:
+            future.result()
     try:
-        block = KVBlock(spec=spec, start=header.start, num_tokens=header.num_tokens, layers=decoded)
+        block = KVBlock(
+            spec=spec, start=header.start, num_tokens=header.num_tokens, layers=layers_out
+        )
     except ShapeError as exc:
         if out is not None:
             raise
@@ -292,18 +327,26 @@ def decode_block(
     return block
 
 
-def _check_flags(header: Header, codec: Codec) -> None:
-    """Every flag must be one that this reader acts on, and agree with the rest of the header."""
-    beyond = header.flags & (Flag.ROPE_REMOVED | Flag.MIXES_HEADS | Flag.PROFILE_NEEDED)
-    if beyond or header.profile:
-        raise IncompatibleDataError(
-            f"the container asks for {beyond!r} and profile {header.profile!r:.80}; this kvlib has "
-            "no codec that uses them"
-        )
+def _check_codec(header: Header, codec: Codec, spec: KVSpec) -> CodecCaps:
+    """Every flag must be one that this reader acts on, and agree with codec and contents."""
+    try:
+        caps = codec.caps(spec)
+    except ConfigError as exc:
+        raise IncompatibleDataError(str(exc)) from exc
+    features = Flag.ROPE_REMOVED | Flag.MIXES_HEADS | Flag.PROFILE_NEEDED
     explicit = any(s.kind is SectionKind.POSITIONS for s in header.sections)
-    seen = (Flag.LOSSLESS in header.flags, Flag.POSITIONS_EXPLICIT in header.flags)
-    if seen != (codec.lossless, explicit):
+    want = _codec_flags(codec, caps) | (Flag.POSITIONS_EXPLICIT if explicit else Flag(0))
+    if header.profile != caps.profile or (header.flags ^ want) & features:
+        raise IncompatibleDataError(
+            f"the container asks for {header.flags & features!r} and profile "
+            f"{header.profile!r:.80}; {header.codec!r:.120} has {want & features!r} and "
+            f"{caps.profile!r}"
+        )
+    if (header.flags ^ want) & ~Flag.MAC:
         raise CorruptDataError(f"the flags {header.flags!r} contradict the container's contents")
+    if caps.mixes_heads and header.head_range is not None:
+        raise CorruptDataError(f"{header.codec!r:.120} cannot store a range of heads")
+    return caps
 
 
 def _check_identity(header: Header, spec: KVSpec) -> None:
@@ -333,9 +376,10 @@ def _check_identity(header: Header, spec: KVSpec) -> None:
             )
 
 
-def _decode_layer(
-    container: Container, spec: KVSpec, codec: Codec, shape: LayerShape, out: LayerOut | None
+def _empty_layer(
+    container: Container, spec: KVSpec, shape: LayerShape, out: LayerOut | None
 ) -> LayerKV:
+    """The layer with everything but its keys and values, which the codec fills."""
     rows = _decode_rows(container, shape)
     k_width = shape.channels or shape.k_head_dim
     dtype = getattr(torch, spec.dtype)
@@ -360,10 +404,6 @@ def _decode_layer(
                     f"{tuple(x.shape)} on {x.device}; expected {dtype} {(*rows.lead, width)} on "
                     "cpu, last dimension contiguous"
                 )
-    try:
-        codec.decode(container, shape.layer_idx, keys, values)
-    except MemoryError as exc:
-        raise CapacityError(f"no memory to decode layer {shape.layer_idx}") from exc
     layer = LayerKV(
         layer_idx=shape.layer_idx,
         keys=keys,

@@ -8,7 +8,7 @@ so a snapshot never answers a look-up of prefixes or of another method.
 from collections.abc import Sequence
 
 from kvlib.codecs import Codec
-from kvlib.codecs.base import describe_codec
+from kvlib.codecs.base import codec_fingerprint
 from kvlib.codecs.container import Buffer, Container, SectionKind
 from kvlib.codecs.header import WHOLE_BLOCK
 from kvlib.codecs.pack import decode_block, encode_block
@@ -16,14 +16,14 @@ from kvlib.codecs.state import decode_state, encode_state
 from kvlib.errors import CorruptDataError
 from kvlib.keys import BlockKey, StoreKey
 from kvlib.snapshots import Snapshot
-from kvlib.spec import KVSpec, storage_fingerprint
+from kvlib.spec import KVSpec
 
 __all__ = ["decode_snapshot", "encode_snapshot", "snapshot_record_key"]
 
 
 def snapshot_record_key(spec: KVSpec, key: BlockKey, codec: Codec) -> StoreKey:
     """What names the record of a snapshot."""
-    return StoreKey(key, storage_fingerprint(spec, describe_codec(codec)))
+    return StoreKey(key, codec_fingerprint(spec, codec))
 
 
 def encode_snapshot(

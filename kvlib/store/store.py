@@ -27,7 +27,7 @@ from torch import Tensor
 
 from kvlib.blocks import KVBlock
 from kvlib.codecs import Codec, build_codec, codec_from_canonical
-from kvlib.codecs.base import describe_codec
+from kvlib.codecs.base import codec_fingerprint, describe_codec
 from kvlib.codecs.container import Container
 from kvlib.codecs.pack import decode_block, encode_block
 from kvlib.errors import (
@@ -40,7 +40,7 @@ from kvlib.errors import (
 )
 from kvlib.keys import BLOCK_TOKENS, BlockKey, Extra, StoreKey, TokenIds, block_keys, snapshot_key
 from kvlib.snapshots import Snapshot
-from kvlib.spec import EXACT, KVSpec, LayerKind, storage_fingerprint
+from kvlib.spec import EXACT, KVSpec, LayerKind
 from kvlib.store.directory import Directory, Found
 from kvlib.store.files import FileStore
 from kvlib.store.flight import SingleFlight
@@ -127,10 +127,7 @@ class KVStore:
         """(fidelity of the ancestors, storage fingerprint) pairs a request accepts, best first."""
         if accept is None:
             accept = (EXACT,) if self.codec.lossless else (EXACT, self.codec_text)
-        return [
-            (f, storage_fingerprint(spec, self.codec_text, fidelity=f))
-            for f in dict.fromkeys(accept)
-        ]
+        return [(f, codec_fingerprint(spec, self.codec, fidelity=f)) for f in dict.fromkeys(accept)]
 
     # -- looking up
 

@@ -533,12 +533,14 @@ def test_out_is_not_written_after_an_error():
 
     class Watched:
         name, version, status, lossless = "exact", 1, "stable", True
+        caps = EXACT.caps
 
-        def decode(self, container, layer_idx, keys, values):
-            running.append(layer_idx)
+        def decode(self, container, spec, layers):
+            (layer,) = layers
+            running.append(layer.layer_idx)
             try:
-                for _ in range(20 if layer_idx else 1):
-                    EXACT.decode(container, layer_idx, keys, values)
+                for _ in range(20 if layer.layer_idx else 1):
+                    EXACT.decode(container, spec, layers)
             finally:
                 running.pop()
 
@@ -555,8 +557,9 @@ def test_no_memory_is_a_capacity_error():
 
     class Greedy:
         name, version, status, lossless = "exact", 1, "stable", True
+        caps = EXACT.caps
 
-        def decode(self, container, layer_idx, keys, values):
+        def decode(self, container, spec, layers):
             raise MemoryError
 
     data = b"".join(encode_block(block, EXACT))

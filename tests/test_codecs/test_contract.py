@@ -17,6 +17,7 @@ from kvlib.codecs import (
     describe_codec,
     encode_block,
 )
+from kvlib.codecs.base import CodecCaps
 from kvlib.codecs.container import SectionFlag, SectionKind
 from kvlib.errors import CorruptDataError
 from kvlib.registry import describe
@@ -97,6 +98,9 @@ class NegatedCodec:
 
     mask: int = 255
 
+    def caps(self, spec):
+        return CodecCaps()
+
     def encode(self, block):
         sections = [Section(SectionKind.CODEC, 0xFFFF, 0, (bytes([self.mask]),))]
         for layer in block.layers:
@@ -107,11 +111,16 @@ class NegatedCodec:
                 sections.append(Section(kind, layer.layer_idx, size, parts, SectionFlag(0)))
         return sections
 
-    def decode(self, container, layer_idx, keys, values):
+    def decode(self, container, spec, layers):
         _, secret = container.read(SectionKind.CODEC, 0xFFFF)
         if bytes(secret) != bytes([self.mask]):
             raise CorruptDataError("another mask")
-        for kind, out in ((SectionKind.KEYS, keys), (SectionKind.VALUES, values)):
+        tensors = [
+            (kind, layer.layer_idx, x)
+            for layer in layers
+            for kind, x in ((SectionKind.KEYS, layer.keys), (SectionKind.VALUES, layer.values))
+        ]
+        for kind, layer_idx, out in tensors:
             _, data = container.read(kind, layer_idx)
             if data.nbytes != out.numel() * out.element_size():
                 raise CorruptDataError("another size")

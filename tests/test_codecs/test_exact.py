@@ -7,7 +7,7 @@ import torch
 import zstandard
 from hypothesis import given, settings
 
-from kvlib.blocks import KVBlock
+from kvlib.blocks import KVBlock, LayerKV
 from kvlib.codecs import Container, build_codec, decode_block, encode_block
 from kvlib.codecs.container import SectionFlag, SectionKind
 from kvlib.codecs.exact import decompress
@@ -127,11 +127,16 @@ def test_foreign_sizes():
     data, spec = record(torch.randn((4, 8)))
     container = Container(data)
     keys = torch.empty((1, 4, 8))
-    EXACT.decode(container, 0, keys, keys[..., :0])
+
+    def decode(x):
+        layer = LayerKV(layer_idx=0, keys=x, values=x[..., :0], positions=range(x.shape[1]))
+        EXACT.decode(container, spec, [layer])
+
+    decode(keys)
     for shape in ((1, 4, 7), (1, 5, 8), (1, 4, 9)):
         wrong = torch.empty(shape)
         with pytest.raises(CorruptDataError, match="the shape needs"):
-            EXACT.decode(container, 0, wrong, wrong[..., :0])
+            decode(wrong)
     for section in (b"", b"\0" * 15, b"\0" * 16, b"\0" * 17, struct.pack("<4I", 99, 0, 0, 0)):
         with pytest.raises(CorruptDataError):
             EXACT.decode_matrix(memoryview(section), keys)
