@@ -10,7 +10,8 @@ from kvlib.registry import MethodCall, Registry
 
 if TYPE_CHECKING:
     from kvlib.codecs.base import Codec, MatrixCodec, describe_codec
-    from kvlib.codecs.pack import decode_block, encode_block
+    from kvlib.codecs.pack import encode_block
+    from kvlib.codecs.unpack import decode_block
 
 __all__ = [
     "CODECS",
@@ -29,7 +30,7 @@ __all__ = [
 _NEED_TORCH = {
     "Codec": "base",
     "MatrixCodec": "base",
-    "decode_block": "pack",
+    "decode_block": "unpack",
     "describe_codec": "base",
     "encode_block": "pack",
 }

@@ -11,8 +11,9 @@ from kvlib.codecs import Codec
 from kvlib.codecs.base import codec_fingerprint
 from kvlib.codecs.container import Buffer, Container, SectionKind
 from kvlib.codecs.header import WHOLE_BLOCK
-from kvlib.codecs.pack import decode_block, encode_block
+from kvlib.codecs.pack import encode_block
 from kvlib.codecs.state import decode_state, encode_state
+from kvlib.codecs.unpack import decode_block
 from kvlib.errors import CorruptDataError
 from kvlib.keys import BlockKey, StoreKey
 from kvlib.snapshots import Snapshot

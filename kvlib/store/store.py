@@ -29,7 +29,8 @@ from kvlib.blocks import KVBlock
 from kvlib.codecs import Codec, build_codec, codec_from_canonical
 from kvlib.codecs.base import codec_fingerprint, describe_codec
 from kvlib.codecs.container import Container
-from kvlib.codecs.pack import decode_block, encode_block
+from kvlib.codecs.pack import encode_block
+from kvlib.codecs.unpack import decode_block
 from kvlib.errors import (
     CapacityError,
     CodecError,
