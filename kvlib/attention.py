@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvlib.blocks import SYNTHETIC, LayerKV
 from kvlib.errors import ShapeError
+from kvlib.layer_kv import keys_only
 from kvlib.plans import other_channels
 
 __all__ = [
@@ -90,16 +91,15 @@ def attend(
     """
     view = _View(query, layer, logits)
     if query.shape[1] == 1 and with_column_sums:
-        return _explicit(view, with_column_sums=True)
+        return _one_query(view) if view.simple else _explicit(view, with_column_sums=True)
     # For values of another width than the keys, PyTorch has no kernel that holds no matrix.
     fused = query.shape[1] == 1 or layer.keys.shape[-1] == layer.values.shape[-1]
     # A mask has the queries' dtype: half precision would round log N.
     masked = query.shape[1] == 1 and query.dtype in (torch.float32, torch.float64)
     fused = fused and logits.is_plain and layer.rest is None
-    if fused and (view.bias is None or (masked and logits.window is None)):
-        output = _fused(view) if view.dense else _fused_rows(query, layer, logits)
-    else:
+    if not fused or (view.bias is not None and not (masked and logits.window is None)):
         return _explicit(view, with_column_sums=with_column_sums)
+    output = _fused(view) if view.dense else _fused_rows(view)
     return Attended(output, column_sums(query, layer, logits) if with_column_sums else None)
 
 
@@ -125,7 +125,10 @@ def attend_batch(
         None where there are none.
     """
     batch, heads, num = query.shape[:3]
-    output = query.new_zeros(batch, num, heads, layers[0].values.shape[-1])
+    if batch == 1 and valid is None and num:  # nothing to put together
+        only = attend(query[0], layers[0], logits, with_column_sums=with_column_sums)
+        return only.output.transpose(0, 1)[None], [only.column_sums]
+    output = query.new_zeros(batch, num, heads, layers[0].row(0).values.shape[-1])
     sums: list[Tensor | None] = [None] * batch
     for row, layer in enumerate(layers):
         where = slice(None) if valid is None else valid[row].to(query.device)
@@ -149,6 +152,8 @@ def column_sums(query: Tensor, layer: LayerKV, logits: Logits = PLAIN) -> Tensor
         to KV head h.
     """
     view = _View(query, layer, logits)
+    if view.simple:
+        return _joined(view, list(_probabilities(view)))
     out = query.new_zeros(view.heads, view.group, view.longest, dtype=torch.float32)
     for block in view.blocks():
         out[block.head, :, : block.stop] += block.weights.sum(-2)
@@ -180,6 +185,8 @@ def column_maxima(
         ShapeError: as `attend`, or a window without own entries, which say where a query stands.
     """
     view = _View(query, layer, logits, own=own)
+    if view.simple and votes is None:
+        return _joined(view, list(_probabilities(view)))
     out = query.new_zeros(view.heads, view.group, view.longest, dtype=torch.float32)
     for block in view.blocks():
         mine = out[block.head, :, : block.stop]
@@ -213,17 +220,6 @@ def attention_at(query: Tensor, layer: LayerKV, columns: Tensor, logits: Logits 
     return out
 
 
-def keys_only(layer_idx: int, keys: Tensor) -> LayerKV:
-    """A layer of keys [Hkv, S, D] without values: for statistics."""
-    positions = torch.arange(keys.shape[1], dtype=torch.int32, device=keys.device)
-    return LayerKV(
-        layer_idx=layer_idx,
-        keys=keys,
-        values=keys[..., :0],
-        positions=positions.expand(len(keys), -1),
-    )
-
-
 class _Block(NamedTuple):
     """Probabilities of some queries of some KV heads: [h, G, last - first, stop]."""
 
@@ -248,11 +244,13 @@ class _View:
                 f"{self.query_heads} query heads cannot share the {self.heads} KV heads of layer "
                 f"{layer.layer_idx}"
             )
+        self.dense = layer.is_dense and not layer.apart
+        some = layer.keys if self.dense else layer.row(0).keys
         narrow = layer.channels is not None
-        if (not narrow and layer.keys.shape[-1] != width) or layer.keys.dtype != query.dtype:
+        if (not narrow and some.shape[-1] != width) or some.dtype != query.dtype:
             raise ShapeError(
                 f"layer {layer.layer_idx}: queries are {query.dtype} of {width} channels, keys "
-                f"{layer.keys.dtype} of {layer.keys.shape[-1]}"
+                f"{some.dtype} of {some.shape[-1]}"
             )
         if not own and logits.window is not None:
             raise ShapeError(
@@ -266,9 +264,9 @@ class _View:
         self.layer = layer
         self.logits = logits
         self.own = own
+        self.whole_query = query
         self.scale = width**-0.5 if logits.scale is None else logits.scale
-        self.dense = layer.is_dense
-        self.bias = layer.log_weight
+        self.bias = layer.log_weight if self.dense else layer.row(0).log_weight
         grouped = query.unflatten(0, (self.heads, self.group))
         self.rest_query: Tensor | None = None
         if layer.rest is not None and layer.channels is not None:
@@ -278,12 +276,19 @@ class _View:
         self.query: Tensor = grouped
         # Otherwise the order of a row says what a query sees.
         self.by_position = logits.window is not None
-        if self.bias is not None and isinstance(layer.positions, Tensor):
+        ordered = self.num_queries > 1 or self.by_position
+        if ordered and self.bias is not None and isinstance(layer.positions, Tensor):
             # Synthetic entries stand behind the new ones; they carry a weight.
             self.synthetic = bool((layer.positions == SYNTHETIC).any())
             self.by_position |= self.synthetic and self.num_queries > 1  # one sees everything
         else:
             self.synthetic = False
+
+    @property
+    def simple(self) -> bool:
+        """Whether there is one query, which sees everything by the plain softmax."""
+        plain = self.logits.is_plain and self.logits.window is None
+        return self.num_queries == 1 and plain and self.layer.rest is None
 
     @property
     def num_old(self) -> int:
@@ -300,21 +305,18 @@ class _View:
         Heads come together when they are equally long and few enough entries are involved.
         """
         layer = self.layer
-        positions = layer.positions_tensor() if self.by_position else None
         together = self.num_queries * self.longest * self.query_heads <= BLOCK_ELEMENTS
         if self.dense and together:
+            positions = layer.positions_tensor() if self.by_position else None
             yield slice(0, self.heads), layer.keys, layer.values, self.bias, positions
             return
-        start = 0
-        for head, n in enumerate(self.lengths):
-            index: int | slice = head if self.dense else slice(start, start + n)
-            start += n
+        for head, row in enumerate(layer.rows()):
             yield (
                 slice(head, head + 1),
-                layer.keys[index][None],
-                layer.values[index][None],
-                None if self.bias is None else self.bias[index][None],
-                None if positions is None else positions[index][None],
+                row.keys[None],
+                row.values[None],
+                None if row.log_weight is None else row.log_weight[None],
+                row.positions[None] if self.by_position else None,
             )
 
     def blocks(self) -> Iterator[_Block]:
@@ -395,7 +397,7 @@ class _View:
 def _explicit(view: _View, *, with_column_sums: bool) -> Attended:
     """Probabilities in float32, block by block: any form of layer, any logits."""
     layer, query = view.layer, view.query
-    width = layer.values.shape[-1]
+    width = layer.row(0).values.shape[-1]
     output = query.new_empty(view.heads, view.group, view.num_queries, width)
     sums = None
     if with_column_sums:
@@ -411,27 +413,53 @@ def _explicit(view: _View, *, with_column_sums: bool) -> Attended:
     return Attended(output.flatten(0, 1), sums)
 
 
+def _probabilities(view: _View) -> Iterator[Tensor]:
+    """Of a `simple` view's query, [h, G, S] for the heads of each of `rows`."""
+    query = view.query[:, :, 0].to(torch.float32) * view.scale
+    for head, keys, _, bias, _ in view.rows():
+        x = query[head] @ keys.to(torch.float32).transpose(-1, -2)
+        if bias is not None:
+            x += bias[:, None]
+        yield x.softmax(-1)
+
+
+def _joined(view: _View, parts: Sequence[Tensor]) -> Tensor:
+    """Column sums [Hkv, G, S] from `_probabilities`: those of one query."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([nn.functional.pad(x, (0, view.longest - x.shape[-1])) for x in parts])
+
+
+def _one_query(view: _View) -> Attended:
+    """`_explicit` for a `simple` view."""
+    parts, outputs = [], []
+    for (_, _, values, _, _), x in zip(view.rows(), _probabilities(view), strict=True):
+        outputs.append((x @ values.to(torch.float32)).to(view.query.dtype))
+        parts.append(x)
+    output = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+    return Attended(output.flatten(0, 1)[:, None], _joined(view, parts))
+
+
 def _channels_of(query: Tensor, channels: Tensor) -> Tensor:
     """The channels int64 [Hkv, C] of queries [Hkv, G, T, D]."""
     index = channels[:, None, None, :].expand(-1, *query.shape[1:3], -1)
     return query.gather(-1, index)
 
 
-def _fused_rows(query: Tensor, layer: LayerKV, logits: Logits) -> Tensor:
+def _fused_rows(view: _View) -> Tensor:
     """`_fused` head by head: rows that are not equally long."""
-    grouped = query.unflatten(0, (layer.num_kv_heads, -1))
+    layer, logits = view.layer, view.logits
     out = []
-    for head, row in enumerate(layer.rows()):
-        one = LayerKV(
-            layer_idx=layer.layer_idx,
-            keys=row.keys[None],
-            values=row.values[None],
-            positions=row.positions[None],
-            log_weight=None if row.log_weight is None else row.log_weight[None],
-            channels=None if layer.channels is None else layer.channels[head : head + 1],
-        )
-        out.append(_fused(_View(grouped[head], one, logits)))
-    return torch.cat(out)
+    if view.num_queries == 1 and logits.window is None:
+        sdpa: Callable[..., Tensor] = nn.functional.scaled_dot_product_attention
+        for q, row in zip(view.query[:, None, :, 0].unbind(), layer.rows(), strict=True):
+            mask = None if row.log_weight is None else row.log_weight.to(q.dtype)[None, None, None]
+            keys, values = row.keys[None, None], row.values[None, None]
+            out.append(sdpa(q[None], keys, values, mask, scale=view.scale)[0, 0])
+        return torch.cat(out)[:, None]
+    grouped = view.whole_query.unflatten(0, (layer.num_kv_heads, -1))
+    views = [_View(q, layer.alone(head), logits) for head, q in enumerate(grouped)]
+    return torch.cat([_fused(one) for one in views])
 
 
 def _fused(view: _View) -> Tensor:

@@ -27,11 +27,13 @@ def round_budget(budget: float | int | str, num_tokens: int) -> int:
     Raises:
         ConfigError: a negative budget, or a fraction outside (0, 1].
     """
-    if isinstance(budget, bool) or num_tokens < 0:
+    if isinstance(budget, bool):
+        raise ConfigError(f"budget must be a fraction such as 0.25 or a number of tokens: {budget}")
+    if num_tokens < 0:
         raise ConfigError(f"budget {budget!r:.80} over {num_tokens} tokens is meaningless")
     if isinstance(budget, int):
         if budget < 0:
-            raise ConfigError("a budget in tokens cannot be negative")
+            raise ConfigError(f"a budget in tokens cannot be negative, got {budget}")
         return min(budget, num_tokens)
     try:
         text = str(budget).strip()

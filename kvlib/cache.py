@@ -279,7 +279,7 @@ class KVCache(Copyable, Cache):
                 self._observe(layer, row, call.query[row], logits)
         else:
             output = self._attend_rows(layer, call, logits)
-        if not (self.record_past or self._deferred or self._needs.whole_model):
+        if not (self.record_past or self._deferred or self._waits(forward)):
             self._commit([layer], forward, [0] * self._columns.batch)
         return output
 
@@ -309,12 +309,12 @@ class KVCache(Copyable, Cache):
             raise ConfigError("KVCache has no attention dropout: put the model in eval mode")
         new = forward.new
         for row, held in enumerate(layer.rows):
-            where = slice(None) if new.valid is None else new.valid[row].to(keys.device)
-            held.append(
-                keys[row].detach()[:, where],
-                values[row].detach()[:, where],
-                new.positions[row].to(keys.device)[where],
-            )
+            k, v = keys[row].detach(), values[row].detach()
+            p = new.positions[row].to(keys.device)
+            if new.valid is not None:
+                where = new.valid[row].to(keys.device)
+                k, v, p = k[:, where], v[:, where], p[where]
+            held.append(k, v, p)
         # Sums come with the attention of a single query, unless they may have to be taken back.
         at_once = forward.is_step and not self.record_past
         at_once = at_once and self._signals.come_with_attention(new.num)
@@ -359,9 +359,13 @@ class KVCache(Copyable, Cache):
         if self.record_past or self._deferred:
             self._open = forward
             return
-        if self._needs.whole_model:
+        if self._waits(forward):
             self._commit(self._evictable, forward, [0] * self._columns.batch)
         self._done(forward)
+
+    def _waits(self, forward: Forward) -> bool:
+        """Whether no layer is decided before all have been run."""
+        return self._needs.whole_model and not (forward.is_step and self._needs.layer_steps)
 
     def _fail(self) -> None:
         self._failed = True

@@ -40,10 +40,15 @@ def read_policy(policy: str | Policy, codec: str | None) -> tuple[Policy, str | 
     """The policy object and the codec's method string.
 
     Raises:
-        ConfigError: two codecs, or parts that do not fit.
+        ConfigError: no policy, two codecs, or parts that do not fit.
         UnknownPluginError: no such policy.
     """
     if not isinstance(policy, str):
+        if isinstance(policy, type) or not hasattr(policy, "on_prefill_end"):
+            raise ConfigError(
+                "a policy is a method string such as 'snapkv:budget=0.25', or an object such as "
+                f"SnapKV(budget=0.25); got {policy!r:.80}"
+            )
         return policy, codec
     method = parse_method(policy)
     if method.codec is not None:

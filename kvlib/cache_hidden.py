@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from kvlib.errors import ConfigError
@@ -48,7 +47,6 @@ class HiddenStates:
         entered, self._entered = self._entered, None
         return entered[1] if entered is not None and entered[0] is module else None
 
-    @torch.no_grad()
     def keep(
         self, layer_idx: int, hidden: Tensor | None, valid: Tensor | None, *, is_step: bool
     ) -> None:

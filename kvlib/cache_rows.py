@@ -2,7 +2,9 @@
 """One layer of one sequence once something was evicted: a `LayerKV` that grows and is cut down.
 
 Dense rows grow in buffers with a little room ahead, and the common step, which drops one entry of
-each head and perhaps merges some, moves what lies behind it in place. Everything else is copied.
+each head and perhaps merges some, moves what lies behind or before it in place. Rows of unequal
+length, or with compensation tokens, do the same in buffers of their own (`kvlib.cache_ragged`).
+Everything else is copied.
 """
 
 from collections.abc import Sequence
@@ -12,18 +14,24 @@ import torch
 from torch import Tensor
 
 from kvlib.blocks import SYNTHETIC, LayerKV
+from kvlib.cache_ragged import SLACK, LooseKV, LooseRows, find_gaps, slide
 from kvlib.errors import ConfigError
 from kvlib.eviction.base import LayerState, Plans
-from kvlib.plans import Demote, KeepTokens, MergeTokens, apply_plan, other_channels
+from kvlib.layer_kv import Gaps
+from kvlib.plans import (
+    AppendToken,
+    Demote,
+    KeepTokens,
+    MergeTokens,
+    apply_plan,
+    other_channels,
+)
 from kvlib.spec import RopeSpec
 
 __all__ = ["LayerRow", "extend_entries"]
 
 _MERGED = {"both": (0, 1), "keys": (0,), "values": (1,)}
 """Which of a row's buffers a merge writes to."""
-
-SLACK = 64
-"""Most entries that a growing row allocates ahead, so that most steps copy nothing."""
 
 
 class LayerRow:
@@ -34,11 +42,14 @@ class LayerRow:
         self.state = state
         self._buffers: tuple[Tensor, Tensor, Tensor] | None = None
         self._start = 0  # where the entries begin in the buffers
+        self._loose: LooseRows | None = None  # where rows are unequal, or weighted
         self._shrinks = False  # was cut down since it last grew: much slack would be wasted
 
     @property
     def nbytes(self) -> int:
         """Bytes held, space to grow and policy state included."""
+        if self._loose is not None:
+            return self._loose.nbytes + self.state.nbytes
         if self._buffers is None:
             return self.layer.nbytes + self.state.nbytes
         weights = self.layer.log_weight, self.layer.channels, self.layer.rest
@@ -56,15 +67,25 @@ class LayerRow:
             if layer.rest is not None:
                 rest = torch.cat([layer.rest, _gather_channels(keys, others)], dim=1)
             keys = _gather_channels(keys, layer.channels)
-        if layer.is_dense and layer.log_weight is None and isinstance(layer.positions, Tensor):
+        loose = self._loose
+        if loose is None and isinstance(layer.positions, range):
+            self._append_rows(keys, values, positions)
+        elif loose is None and layer.is_dense and layer.log_weight is None:
             self._append_dense(keys, values, positions)
+        elif layer.rest is None:
+            if loose is None or loose.is_frozen:
+                loose = LooseRows(layer)
+                self._loose, self._buffers, self._start = loose, None, 0
+            loose.append(keys, values, positions, 64 if self._shrinks else 16)
+            self._shrinks = False
+            self.layer = loose.view()
         else:
             self._append_rows(keys, values, positions)
         if rest is not None:
             self.layer = replace(self.layer, rest=rest)
 
     def _append_rows(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        """Into rows that are not equally long, or have weights: one copy of everything."""
+        """Into rows that are unequal or weighted, with `rest` or a range: copies everything."""
         layer = self.layer
         old = layer.positions_tensor()
         weighted = layer.log_weight is not None
@@ -129,8 +150,7 @@ class LayerRow:
     def _view(self, size: int) -> None:
         assert self._buffers is not None  # noqa: S101
         where = slice(self._start, self._start + size)
-        keys, values, positions = (x[:, where] for x in self._buffers)
-        self.layer = replace(self.layer, keys=keys, values=values, positions=positions)
+        self.layer = self.layer.with_entries(*(x[:, where] for x in self._buffers))
 
     def truncate(self, num: int) -> None:
         """Take the last `num` tokens of every head out again."""
@@ -148,11 +168,15 @@ class LayerRow:
             index = torch.arange(len(row.positions), device=row.keys.device)
             rows.append(index[(index < real - num) | (index >= real)])
         self.layer = self.layer.select(rows)
+        self._loose = None
 
     def apply(self, plans: Plans, rope: RopeSpec | None) -> None:
         """Carry out a policy's plans; what they drop is freed."""
         before = self.layer
-        if self._compact(plans):
+        if self._loose is not None:
+            if self._cut_loose(self._loose, plans):
+                return
+        elif self._compact(plans):
             return
         applied = apply_plan(before, plans, rope=rope)
         if applied.demoted is not None:
@@ -161,8 +185,30 @@ class LayerRow:
             return
         follow_plans(self.state, before, plans, applied.layer)
         self.layer = applied.layer
-        self._buffers, self._start = None, 0
+        self._buffers, self._start, self._loose = None, 0, None
         self._shrinks = True
+
+    def _cut_loose(self, loose: LooseRows, plans: Plans) -> bool:
+        """Carry out plans that drop a range of each row and append synthetic entries, in place."""
+        kinds = {type(plan): plan for plan in plans}
+        keep, append = kinds.pop(KeepTokens, None), kinds.pop(AppendToken, None)
+        if kinds or len(plans) > 2 or not isinstance(keep, KeepTokens):
+            return False
+        before = self.layer
+        gaps = find_gaps(keep, before)
+        extra = append if isinstance(append, AppendToken) else None
+        if gaps is None or not loose.apply(gaps, extra):
+            return False
+        self.layer = loose.view()
+        if not self.state.entries:
+            pass
+        elif extra is None and gaps.tails is None:
+            _drop_entries(self.state, gaps)
+        else:
+            follow_plans(self.state, before, plans, self.layer)
+        if self.layer.is_dense and self.layer.row(0).log_weight is None:
+            self.layer, self._loose = loose.view().packed(), None
+        return True
 
     def _compact(self, plans: Plans) -> bool:
         """Carry out plans that keep and merge entries within the buffers, moving what has to move.
@@ -181,8 +227,10 @@ class LayerRow:
             or (merge is not None and layer.rest is not None)
         ):
             return False
-        num = len(only.rows[0])
         held = layer.keys.shape[1]
+        if only.gaps is not None and layer.rest is None:
+            return self._close(only, merge)
+        num = len(only.rows[0])
         if (
             len({len(row) for row in only.rows}) > 1
             or len(only.rows) != layer.num_kv_heads
@@ -239,9 +287,51 @@ class LayerRow:
             self.layer = replace(self.layer, rest=rest)
         return True
 
+    def _close(self, keep: KeepTokens, merge: MergeTokens | None) -> bool:
+        """`_compact` for a plan that says itself which range of each row goes."""
+        layer, buffers, gaps = self.layer, self._buffers, keep.gaps
+        assert buffers is not None and gaps is not None  # noqa: S101, PT018
+        held = layer.keys.shape[1]
+        counts = {len(gone) for gone in gaps.ranges}
+        gone = counts.pop()
+        num, room = held - gone, buffers[0].shape[1]
+        if (
+            counts
+            or num < 1
+            or gaps.tails is not None
+            or not gaps.fit(layer)
+            or room > num + num // 8 + SLACK
+            or (buffers[0].is_inference() and not torch.is_inference_mode_enabled())
+        ):
+            return False
+        merged: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        if merge is not None:
+            changes = _merged_few(merge, buffers, self._start, gaps)
+            if changes is None:
+                return False
+            merged = changes
+        before = sum(gap.start for gap in gaps.ranges)
+        to_the_back = before <= num * len(gaps.ranges) - before
+        for x in buffers:
+            flat = x.flatten(0, 1)
+            for head, gap in enumerate(gaps.ranges):
+                first = head * room + self._start
+                if to_the_back:
+                    slide(flat, first + gone, first, gap.start)
+                else:
+                    slide(flat, first + gap.start, first + gap.stop, held - gap.stop)
+        self._start += gone if to_the_back else 0
+        for x, of, slot, new in merged:
+            x[of, slot + self._start] = new
+        _drop_entries(self.state, gaps)
+        self._view(num)
+        return True
+
     def fork(self) -> "LayerRow":
         """A copy that shares nothing."""
         layer = self.layer
+        if isinstance(layer, LooseKV):
+            layer = layer.packed()
         copy = replace(
             layer,
             keys=layer.keys.clone(),
@@ -284,13 +374,51 @@ def _merged(
     slot = torch.searchsorted(kept[head_of], dst_of[:, None])[:, 0].clamp(max=kept.shape[1] - 1)
     if bool((kept[head_of, slot] != dst_of).any()):
         return None
-    weight = plan.weight.to(device, torch.float32)[:, None]
+    return _sums(plan, buffers, (head, src + start), pair, (head_of, slot))
+
+
+def _merged_few(
+    plan: MergeTokens, buffers: Sequence[Tensor], start: int, gaps: Gaps
+) -> list[tuple[Tensor, Tensor, Tensor, Tensor]] | None:
+    """`_merged` where `gaps` say what goes, for a few pairs: looked at one by one."""
+    pairs = list(zip(plan.head.tolist(), plan.src.tolist(), plan.dst.tolist(), strict=False))
+    if {len(x) for x in (plan.head, plan.src, plan.dst, plan.weight)} != {len(pairs)}:
+        return None
+    places: dict[tuple[int, int], int] = {}
+    group = []
+    for head, src, dst in pairs:
+        if not (0 <= head < len(gaps.lengths) and 0 <= src < gaps.lengths[head]):
+            return None
+        gone = gaps.ranges[head]
+        if not 0 <= dst < gaps.lengths[head] or dst in gone:
+            return None
+        slot = dst - len(gone) if dst >= gone.start else dst
+        group.append(places.setdefault((head, slot), len(places)))
+    if plan.axis not in _MERGED:
+        return None
+    if not pairs:
+        return []
+    device = buffers[0].device
+    source = plan.head.to(device), plan.src.to(device) + start
+    to = torch.tensor(list(places), device=device).unbind(1)
+    return _sums(plan, buffers, source, torch.tensor(group, device=device), (to[0], to[1]))
+
+
+def _sums(
+    plan: MergeTokens,
+    buffers: Sequence[Tensor],
+    source: tuple[Tensor, Tensor],
+    group: Tensor,
+    to: tuple[Tensor, Tensor],
+) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """What `_merged` returns, of pairs by destination: source, `group` and destinations."""
+    weight = plan.weight.to(group.device, torch.float32)[:, None]
     out = []
     for which in _MERGED[plan.axis]:
         x = buffers[which]
-        total = x.new_zeros(len(targets), x.shape[-1], dtype=torch.float32)
-        total.index_add_(0, pair, weight * x[head, src + start].to(torch.float32))
-        out.append((x, head_of, slot, total.to(x.dtype)))
+        total = x.new_zeros(len(to[0]), x.shape[-1], dtype=torch.float32)
+        total.index_add_(0, group, weight * x[source].to(torch.float32))
+        out.append((x, *to, total.to(x.dtype)))
     return out
 
 
@@ -309,18 +437,39 @@ def extend_entries(state: LayerState, old: Sequence[int], layer: LayerKV) -> Non
     """
     if tuple(old) == layer.lengths:
         return
+    if not state.entries:
+        return
+    weighted = layer.row(0).log_weight is not None if layer.apart else layer.log_weight is not None
     for name, x in state.entries.items():
         grown = layer.lengths[0] - old[0]
-        if layer.is_dense and layer.log_weight is None:
+        if layer.is_dense and not weighted:
             state.entries[name] = torch.nn.functional.pad(x, (0, grown))
             continue
-        rows = []
+        rows: list[Tensor] = []
         parts = x.unbind(0) if x.dim() == 2 else x.split(list(old))
+        if not weighted:
+            for part, was, now in zip(parts, old, layer.lengths, strict=True):
+                rows += [part, x.new_zeros(now - was)]
+            state.entries[name] = torch.cat(rows)
+            continue
         for head, part in enumerate(parts):
             row = layer.row(head)
             at = int((row.positions != SYNTHETIC).sum()) - (layer.lengths[head] - old[head])
             rows.append(_insert(part, at, part.new_zeros(layer.lengths[head] - old[head])))
         state.entries[name] = torch.stack(rows) if layer.is_dense else torch.cat(rows)
+
+
+def _drop_entries(state: LayerState, gaps: Gaps) -> None:
+    """Take a range of each row out of every per-entry tensor."""
+    left_over = {n - len(gone) for n, gone in zip(gaps.lengths, gaps.ranges, strict=True)}
+    equal = len(left_over) == 1  # then the rows are dense, whatever they were
+    for name, x in state.entries.items():
+        flat, parts, start = x.flatten(), [], 0
+        for n, gone in zip(gaps.lengths, gaps.ranges, strict=True):
+            parts += [flat[start : start + gone.start], flat[start + gone.stop : start + n]]
+            start += n
+        left = torch.cat(parts)
+        state.entries[name] = left.view(len(gaps.lengths), -1) if equal else left
 
 
 def follow_plans(state: LayerState, before: LayerKV, plans: Plans, after: LayerKV) -> None:

@@ -17,7 +17,7 @@ free: the history is prefilled once for each episode, and `episodes` budgets are
 Positions are the true ones, so a history longer than what the model was trained on stays that.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -137,8 +137,17 @@ class EpisodicCache:
             "segment": segment,
             "representatives": representatives,
         }
-        if wrong := [f"{name}={number}" for name, number in numbers.items() if number < 1]:
-            raise ConfigError(f"EpisodicCache: expected 1 or more, got {', '.join(wrong)}")
+        if wrong := [f"{k}={n!r}" for k, n in numbers.items() if not _is_whole(n, least=1)]:
+            raise ConfigError(
+                f"EpisodicCache: expected whole numbers of 1 or more, got {', '.join(wrong)}"
+            )
+        if not _is_whole(seed, least=-(2**31)) or seed >= 2**31:
+            raise ConfigError(f"EpisodicCache: seed is an int of 32 bits, got {seed!r:.60}")
+        if embedder is not None and not callable(embedder):
+            raise ConfigError(
+                f"EpisodicCache: embedder is a function of texts, such as the encode of a "
+                f"SentenceTransformer, got {embedder!r:.60}"
+            )
         self.episodes: tuple[Episode, ...] = ()
         self.segments: tuple[str, ...] = ()
         self.peak_bytes = 0
@@ -172,11 +181,10 @@ class EpisodicCache:
             progress: told how many blocks are done, of all episodes together, and of how many.
 
         Raises:
-            ConfigError: no text, faiss is not installed, or an embedder that gives something else.
+            ConfigError: no utterances, or none with text; faiss is not installed; or an embedder
+                that gives something else.
         """
-        said = [text for text in history if text.strip()]
-        if not said:
-            raise ConfigError("EpisodicCache.build: the history has no text")
+        said = _with_text(history)
         starts = range(0, len(said), self._width)
         segments = tuple("\n".join(said[i : i + self._width]) for i in starts)
         vectors = self._embed(segments)
@@ -217,12 +225,20 @@ class EpisodicCache:
         """The episode whose centroid has the largest cosine with the question's embedding.
 
         Raises:
-            ConfigError: nothing was built yet.
+            ConfigError: nothing was built yet, or the question has no text.
         """
         if not self.episodes:
             raise ConfigError("EpisodicCache has no history yet: call build(utterances) first")
+        if not _is_text(question):
+            raise ConfigError(f"EpisodicCache: a question is a text, got {question!r:.60}")
         centroids = np.stack([episode.centroid for episode in self.episodes])
-        return int(np.argmax(_unit(centroids) @ self._embed([question])[0]))
+        asked = self._embed([question])[0]
+        if asked.shape != centroids[0].shape:
+            raise ConfigError(
+                f"the embedder gave {len(asked)} numbers for the question, and {len(centroids[0])} "
+                "for each text of the history; expected the same"
+            )
+        return int(np.argmax(_unit(centroids) @ asked))
 
     def ask(self, question: str) -> Ask:
         """The question behind the history, with a cache that is ready for it.
@@ -231,7 +247,7 @@ class EpisodicCache:
         an answer part of the conversation, build again.
 
         Raises:
-            ConfigError: nothing was built yet.
+            ConfigError: nothing was built yet, or the question has no text.
         """
         episode = self.route(question)
         asked = token_ids(self._tokenizer, f"\n\n{question}{self._after}")
@@ -240,9 +256,18 @@ class EpisodicCache:
 
     # Embeddings
 
+    @torch.no_grad()
     def _embed(self, texts: Sequence[str]) -> "Vectors":
         """Float32 [n, d] of length 1."""
-        found = np.asarray(self._embedder(list(texts)), dtype=np.float32)
+        given = self._embedder(list(texts))
+        try:
+            found = np.asarray(given, dtype=np.float32)
+        except (TypeError, ValueError) as exc:  # text, or lists of several lengths
+            raise ConfigError(
+                f"the embedder gave a {type(given).__name__} for {len(texts)} texts that is no "
+                f"array ({str(exc).splitlines()[0]:.100}); expected finite numbers "
+                f"[{len(texts)}, d]"
+            ) from exc
         if found.ndim != 2 or len(found) != len(texts) or not np.isfinite(found).all():
             raise ConfigError(
                 f"the embedder gave {found.shape} for {len(texts)} texts; expected finite numbers "
@@ -259,6 +284,28 @@ class EpisodicCache:
             states = decoder_of(self._model)(input_ids=ids[None], use_cache=False).last_hidden_state
             out.append(states[0].float().mean(0).cpu().numpy())
         return np.stack(out)
+
+
+def _is_whole(given: object, *, least: int) -> bool:
+    return isinstance(given, int) and given >= least
+
+
+def _is_text(given: object) -> bool:
+    return isinstance(given, str) and bool(given.strip())
+
+
+def _with_text(history: object) -> list[str]:
+    """The utterances that are not blank."""
+    form = "EpisodicCache.build takes a list of utterances, each a text"
+    if isinstance(history, str) or not isinstance(history, Iterable):
+        raise ConfigError(f"{form}, got {history!r:.60}")
+    said = list(history)
+    if wrong := [text for text in said if not isinstance(text, str)]:
+        raise ConfigError(f"{form} with its speaker ('Ann: Hello.'), got {wrong[0]!r:.60} in it")
+    said = [text for text in said if _is_text(text)]
+    if not said:
+        raise ConfigError(f"{form}: this history has no text")
+    return said
 
 
 def cluster(vectors: "Vectors", num: int, *, seed: int) -> list[tuple[int, ...]]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kvlib.errors import ShapeError
 
-__all__ = ["SYNTHETIC", "LayerKV", "Row"]
+__all__ = ["SYNTHETIC", "Gaps", "LayerKV", "Row", "keys_only"]
 
 SYNTHETIC = -1
 """Position of an entry that stands for no single token (a compensation token)."""
@@ -38,6 +38,26 @@ class Row(NamedTuple):
         if self.log_weight is not None:
             return self.log_weight
         return torch.zeros(len(self.positions), device=self.keys.device)
+
+
+class Gaps(NamedTuple):
+    """Consecutive entries of each KV head's row, whose length is given; perhaps none.
+
+    Where there are `tails`, so many last entries of each row too, behind its range.
+    """
+
+    lengths: tuple[int, ...]
+    ranges: tuple[range, ...]
+    device: torch.device
+    tails: tuple[int, ...] | None = None
+
+    def fit(self, layer: "LayerKV") -> bool:
+        """Whether there are such entries in the layer."""
+        tails = self.tails or (0,) * len(self.lengths)
+        return self.lengths == layer.lengths and all(
+            0 <= gone.start <= gone.stop <= n - tail <= n and gone.step == 1
+            for n, gone, tail in zip(self.lengths, self.ranges, tails, strict=True)
+        )
 
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -172,6 +192,11 @@ class LayerKV:
         return self.row_lengths is None
 
     @property
+    def apart(self) -> bool:
+        """Whether `rows` are at hand, and the tensors of all of them have to be put together."""
+        return False
+
+    @property
     def num_kv_heads(self) -> int:
         """Hkv."""
         return self.keys.shape[0] if self.row_lengths is None else len(self.row_lengths)
@@ -215,9 +240,38 @@ class LayerKV:
         weight = None if self.log_weight is None else self.log_weight[index]
         return Row(self.keys[index], self.values[index], positions[index], weight)
 
+    def alone(self, head: int) -> "LayerKV":
+        """Views of the entries of KV head `head`, as a dense layer."""
+        row = self.row(head)
+        return LayerKV(
+            layer_idx=self.layer_idx,
+            keys=row.keys[None],
+            values=row.values[None],
+            positions=row.positions[None],
+            log_weight=None if row.log_weight is None else row.log_weight[None],
+            channels=None if self.channels is None else self.channels[head : head + 1],
+        )
+
     def rows(self) -> list[Row]:
         """`row` of every head."""
         return [self.row(head) for head in range(self.num_kv_heads)]
+
+    def with_entries(self, keys: Tensor, values: Tensor, positions: Tensor) -> "LayerKV":
+        """The same dense layer with other entries, which the caller answers for.
+
+        What `replace` does, without the checks: a step of a small model takes them 60 times.
+        """
+        new = object.__new__(LayerKV)
+        put = object.__setattr__
+        put(new, "layer_idx", self.layer_idx)
+        put(new, "keys", keys)
+        put(new, "values", values)
+        put(new, "positions", positions)
+        put(new, "row_lengths", None)
+        put(new, "log_weight", self.log_weight)
+        put(new, "channels", self.channels)
+        put(new, "rest", self.rest)
+        return new
 
     def select(self, rows: Sequence[Tensor]) -> "LayerKV":
         """Copies of chosen entries: int64 indices into each head's row, one tensor a head."""
@@ -364,3 +418,14 @@ class LayerKV:
             if a is not None and b is not None and not _storage_equal(a, b):
                 return False
         return True
+
+
+def keys_only(layer_idx: int, keys: Tensor) -> LayerKV:
+    """A layer of keys [Hkv, S, D] without values: for statistics."""
+    positions = torch.arange(keys.shape[1], dtype=torch.int32, device=keys.device)
+    return LayerKV(
+        layer_idx=layer_idx,
+        keys=keys,
+        values=keys[..., :0],
+        positions=positions.expand(len(keys), -1),
+    )

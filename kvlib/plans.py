@@ -10,13 +10,14 @@ was before any plan**, row by row.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from kvlib.blocks import SYNTHETIC, LayerKV, Row
 from kvlib.errors import ConfigError, ShapeError
+from kvlib.layer_kv import Gaps
 from kvlib.spec import RopeSpec
 
 __all__ = [
@@ -39,9 +40,31 @@ class KeepTokens:
 
     Attributes:
         rows: int64 [n_h] for each KV head, ascending and unique; lengths may differ.
+        gaps: which entries go, where that is one range of each row; None if it is not known.
     """
 
     rows: tuple[Tensor, ...]
+    gaps: Gaps | None = None
+
+    @classmethod
+    def without(cls, gaps: Gaps) -> "KeepTokens":
+        """All but one range of each row: a step's plan, cheap since `rows` are made when read."""
+        plan = object.__new__(cls)
+        object.__setattr__(plan, "gaps", gaps)
+        return plan
+
+    def __getattr__(self, name: str) -> Any:
+        """`rows`, if they have not been made."""
+        if name != "rows":
+            raise AttributeError(name)
+        assert self.gaps is not None  # noqa: S101
+        rows = []
+        tails = self.gaps.tails or (0,) * len(self.gaps.lengths)
+        for n, gone, tail in zip(self.gaps.lengths, self.gaps.ranges, tails, strict=True):
+            index = torch.arange(n - len(gone) - tail, device=self.gaps.device)
+            rows.append(index + len(gone) * (index >= gone.start))
+        object.__setattr__(self, "rows", tuple(rows))
+        return self.rows
 
 
 @dataclass(frozen=True, slots=True, eq=False)

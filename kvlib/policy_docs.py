@@ -26,13 +26,14 @@ A method is written `name:key=value,...`. `budget=0.25` (with a point) is a frac
 fixed when the prompt ends; `budget=512` is a number of entries per KV head. Of entries with equal
 scores the earlier one stays.
 
-Policies are composed with `+`: a policy that scores entries, then an allocator that shares the
-budget between heads and layers, a protector, and a policy that prunes channels. All of them are in
-`snapkv:budget=0.25+adakv+protect:sinks=4,window=32+think:ratio=0.4`. An allocator that begins a
-method works with SnapKV: `pyramid:budget=0.25` is `snapkv:budget=0.25+pyramid`.
+Policies are composed with `+`, in any order: a policy that scores entries, an allocator that shares
+the budget between heads and layers, a protector, and a policy that prunes channels. All of them are
+in `snapkv:budget=0.25+adakv+protect:sinks=4,window=32+think:ratio=0.4`. A method that begins with
+an allocator and names no policy for tokens works with SnapKV: `pyramid:budget=0.25` is
+`snapkv:budget=0.25+pyramid`. A codec behind `|` (`snapkv:budget=0.25 | int8`) is for storing.
 
-What evicts really frees: `KVCache.nbytes` counts keys, values, positions, weights, channel lists,
-space to grow and the policy's own memory.
+What a policy evicts is freed, not masked: `KVCache.nbytes` counts keys, values, positions, weights,
+channel lists, space to grow and the policy's own memory.
 
 """
 
@@ -46,9 +47,17 @@ _SIGNALS = {
     "last_queries": "the prompt's last {} queries",
     "query_moments": "mean and covariance of the prompt's queries",
     "hidden": "hidden states",
-    "probe": "extra passes over the prompt",
+    "probe": "extra tokens read behind the prompt and forgotten",
     "rerun": "a second pass over some of the prompt's tokens",
 }
+
+GIVEN = {
+    "duo": "a file of trained gates",
+    "epicache": "the tokenizer or a patched prompt",
+    "kvzip": "the tokenizer",
+    "speckv": "a draft model",
+}
+"""What else a policy, with its defaults, has to be given."""
 
 
 def policies_page() -> str:
@@ -91,6 +100,8 @@ def _needs(cls: Any) -> str:
             found.append(text.format(value).replace("last 1 queries", "last query"))
     if "profile" in {f.name for f in fields(cls)}:
         found.append("a calibration" if _must_be_calibrated(cls) else "a calibration if given")
+    if cls.name in GIVEN:
+        found.append(GIVEN[cls.name])
     return ", ".join(found) or "nothing"
 
 

@@ -46,10 +46,16 @@ def select_tokens(
         Indices into the prompt, int64 [k], ascending.
 
     Raises:
-        ConfigError: a parameter is refused, there is more than one sequence, or the layer has a
-            sliding window.
+        ConfigError: a parameter is refused, there are no token ids of one sequence, or the layer
+            has a sliding window.
     """
     policy = _Early(budget, layer, kernel)
+    given: Any = getattr(input_ids, "dtype", type(input_ids).__name__)
+    if given not in (torch.int64, torch.int32):
+        raise ConfigError(
+            f"input_ids are {given}; select_tokens takes token ids, such as "
+            'tokenizer(text, return_tensors="pt").input_ids'
+        )
     if input_ids.dim() > 2 or (input_ids.dim() == 2 and len(input_ids) != 1):
         raise ConfigError(
             f"input_ids are {tuple(input_ids.shape)}; select_tokens takes one sequence, [n] or "

@@ -264,9 +264,65 @@ def test_what_makes_no_sense(loaded):
     for history in ([], [" ", "\n"]):
         with pytest.raises(ConfigError, match="no text"):
             cache.build(history)
+    for history in ("Ann: hello", None, [{"role": "user", "content": "hello"}], ["a", None]):
+        with pytest.raises(
+            ConfigError, match=r"a list of utterances, each a text.*got (['{]|None)"
+        ):
+            cache.build(history)
     for wrong in (np.zeros(3), np.zeros((1, 4)), np.full((6, 4), np.nan)):
         with pytest.raises(ConfigError, match=r"for 6 texts; expected finite numbers \[6, d\]"):
             episodic(loaded, embedder=lambda texts, wrong=wrong: wrong).build(SAID)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"block": 1.5}, "whole numbers of 1 or more, got block=1.5"),
+        ({"segment": "4"}, "whole numbers of 1 or more, got segment='4'"),
+        ({"seed": 2**40}, "seed is an int of 32 bits"),
+        ({"seed": "one"}, "seed is an int of 32 bits, got 'one'"),
+        ({"embedder": "all-MiniLM-L6-v2"}, "embedder is a function of texts.*got 'all-MiniLM"),
+    ],
+)
+def test_wrong_options(loaded, options, message):
+    """What was seen and what is expected."""
+    with pytest.raises(ConfigError, match=message):
+        episodic(loaded, **options)
+
+
+@pytest.mark.parametrize("tokenizer", [None, "gpt2"])
+def test_a_tokenizer_is_expected(loaded, tokenizer):
+    """A name is none."""
+    with pytest.raises(ConfigError, match=f"expected the model's tokenizer.*got {tokenizer!r}"):
+        episodic((loaded[0], tokenizer))
+
+
+def test_embedders_that_give_something_else(loaded):
+    """No numbers, or rows of several lengths; other lengths for the question."""
+    for wrong in (["a"] * 6, [[1]] * 5 + [[1, 2]]):
+        with pytest.raises(ConfigError, match=r"for 6 texts that is no array.*\[6, d\]"):
+            episodic(loaded, embedder=lambda texts, wrong=wrong: wrong).build(SAID)
+    cache = episodic(loaded, embedder=lambda texts: np.eye(len(texts) + 1)[1:])
+    cache.build(SAID)
+    with pytest.raises(ConfigError, match="gave 2 numbers for the question, and 7 for each text"):
+        cache.ask("what?")
+
+
+def test_embedders_may_give_tensors(loaded):
+    """With gradients too."""
+    weight = torch.ones(3, requires_grad=True)
+    cache = episodic(loaded, embedder=lambda texts: torch.tensor(counts(texts)) * weight)
+    cache.build(SAID)
+    assert [cache.route(f"the {topic}?") for topic in TOPICS] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("question", ["", " \n", None, ["what?"]])
+def test_a_question_is_a_text(loaded, question):
+    """Nothing can be embedded of a blank one."""
+    cache = episodic(loaded, embedder=None)
+    cache.build(SAID[:4])
+    with pytest.raises(ConfigError, match="a question is a text, got"):
+        cache.ask(question)
 
 
 def test_a_profile_of_another_model_is_refused(loaded, tmp_path):

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from kvlib import KVCache
+from kvlib.errors import ConfigError
 from kvlib.eviction import POLICIES
-from kvlib.policy_docs import policies_page
+from kvlib.policy_docs import GIVEN, policies_page
+from kvlib.testing.models import tiny_model
 
 PAGE = Path(__file__).parents[1] / "docs" / "policies.md"
 
@@ -30,3 +33,15 @@ def test_every_policy_is_described(name):
             assert row, f.name
             assert row[1].strip(), f.name
     assert section.count("**") == 10
+
+
+@pytest.mark.parametrize("name", POLICIES.names())
+def test_what_a_policy_has_to_be_given_is_said(name):
+    """Those that need more than the model, and no others, are refused without it."""
+    needs = re.search(rf"\| \[{name}\]\(#{name}\) \| .* \| (.*) \|\n", policies_page())[1]
+    if name in GIVEN or "a calibration" in needs.split(", "):
+        assert name not in GIVEN or GIVEN[name] in needs
+        with pytest.raises(ConfigError, match=name):
+            KVCache(tiny_model(), name)
+    else:
+        KVCache(tiny_model(), name)

@@ -34,5 +34,7 @@ def sample_prompt(
     piece = text[start : start + _CHARACTERS * num]
     ids = tokenizer(piece, truncation=True, max_length=num)["input_ids"]
     if len(ids) < num:
-        raise ConfigError(f"a piece of the text has {len(ids)} tokens; {num} were asked for")
+        raise ConfigError(
+            f"a piece of the text has {len(ids)} tokens; {num} were asked for: calibrate with fewer"
+        )
     return torch.tensor([ids])

@@ -52,6 +52,8 @@ class Needs:
         rerun: a second pass over some of the prompt's tokens alone, see `Policy.rerun`.
         whole_model: whether plans depend on all layers together. If not, a layer is evicted as soon
             as its own attention is done, before the next layer fills up.
+        layer_steps: whether, with `whole_model`, only plans for the prompt do: those of `on_step`
+            depend on one layer.
         steps: whether `on_step` is to be called at all; a policy that decides at the end of the
             prompt and then keeps everything says no, and costs nothing afterwards.
         step_keys: whether `on_step` reads whole keys: then no other policy may prune channels.
@@ -71,6 +73,7 @@ class Needs:
     probe: bool = False
     rerun: bool = False
     whole_model: bool = False
+    layer_steps: bool = False
     steps: bool = True
     step_keys: bool = False
     prefill_plans: bool = False
@@ -354,4 +357,4 @@ class Policy(Protocol):
         """Plans for each view: all layers if `needs.whole_model`, else one layer at a time."""
 
     def on_step(self, views: Sequence[LayerView]) -> Sequence[Plans]:
-        """Plans after a later forward, as in `on_prefill_end`."""
+        """Plans after a later forward, as in `on_prefill_end`, but see `Needs.layer_steps`."""

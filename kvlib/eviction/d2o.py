@@ -54,17 +54,20 @@ from torch import Tensor
 
 from kvlib.errors import ConfigError
 from kvlib.eviction.base import About, LayerView, Needs, Plans
+from kvlib.eviction.key_lengths import forget_lengths, key_lengths
 from kvlib.eviction.scored import PolicyBase, Protect
 from kvlib.eviction.select import (
     check_budget,
+    drop_lowest,
     keep_highest,
     keep_rows,
     keeps_all,
     largest_remainder,
     reduce_group,
+    share_of,
     tokens_to_keep,
 )
-from kvlib.plans import MergeTokens
+from kvlib.plans import KeepTokens, MergeTokens
 
 __all__ = ["D2O", "Nearest", "layer_shares", "nearest"]
 
@@ -79,6 +82,7 @@ _RECEIVED = "received"  # in the prompt; the number of a query head of the group
 _NO_LIMIT = torch.iinfo(torch.int64).max
 _ROUNDING = 1e-6  # of float32: equal cosines must not fall below their own mean
 _BLOCK = 2**24  # similarities at once: 64 MiB
+_TINY = torch.finfo(torch.float32).tiny  # least length that a key is divided by
 _FEW = 16  # where fewer entries go than one in so many, copying those that stay costs more
 
 
@@ -91,17 +95,18 @@ class D2O(PolicyBase):
             tokens.
         recent: share of a layer's budget for the most recent entries, the current token included;
             rounded up to whole entries.
-        sinks: first entries that always stay. They count as heavy hitters, and there are no more of
-            them than those; at least one entry that stays is none.
+        sinks: first entries that always stay. They count as heavy hitters: a budget too small for
+            both keeps its recent entries, fewer sinks, and never sinks alone.
         beta: how fast the threshold follows, in [0, 1]. The paper has 0.7, the code 0.5.
         merge_self: weight of the entry that others merge into, before division, where theirs are
             exp(u); with e this is a softmax over similarities. Not used if `weights` is mean.
         merge_keys: whether keys are merged too, or values only.
-        norm: across_layers or official; for this and the following see the module.
-        first_eviction: prefill_end or first_step.
-        skip_layers: whether the first two layers and the last never evict.
-        weights: softmax or mean.
-        match: head or rank.
+        norm: how variances are scaled: across_layers (the paper), or official, inside each layer.
+        first_eviction: prefill_end, or first_step (the code).
+        skip_layers: whether the first two layers and the last never evict (the code).
+        weights: of what is merged: softmax (the paper) or mean (the code).
+        match: what has to be similar: an evicted entry of the same head (head), or on average over
+            heads those of the same rank by position (rank, the code).
     """
 
     budget: float | int = 0.5
@@ -128,7 +133,7 @@ class D2O(PolicyBase):
         when="at the end of the prompt and in every step",
         cost=(
             "column sums: one more Q K^T over the prompt; cosines of evicted and kept keys, in "
-            "each step one pass over the keys; 4 bytes an entry and KV head, and as much for each "
+            "each step one pass over the keys; 8 bytes an entry and KV head, and as much for each "
             "query head until the prompt ends"
         ),
         paper=(
@@ -161,11 +166,15 @@ class D2O(PolicyBase):
 
     @property
     def needs(self) -> Needs:
-        """Column sums and keys, always; all layers together. Nothing if everything is kept."""
+        """Column sums and keys, and all layers of the prompt; nothing if everything is kept."""
         if keeps_all(self.budget):
             return Needs(steps=False)
         return Needs(
-            prefill_column_sums=True, step_column_sums=True, whole_model=True, step_keys=True
+            prefill_column_sums=True,
+            step_column_sums=True,
+            whole_model=True,
+            layer_steps=True,
+            step_keys=True,
         )
 
     # Level 1: layer budgets
@@ -191,7 +200,7 @@ class D2O(PolicyBase):
 
     def protected(self, budget: int) -> Protect:
         """The most recent entries, and the first of what the budget has for heavy hitters."""
-        recent = math.ceil(Fraction(str(self.recent)) * budget)  # the decimal as it is written
+        recent = share_of(self.recent, budget)
         return Protect(sinks=min(self.sinks, budget - max(recent, 1)), window=recent)
 
     # The life of a sequence
@@ -243,16 +252,21 @@ class D2O(PolicyBase):
                 f"d2o keeps equally many entries in all heads of a layer, and layer "
                 f"{layer.layer_idx} has {layer.lengths}: evict with d2o from the beginning"
             )
-        guard = self.protected(budget)
-        scores = guard.mark(state.entries["scores"], layer.lengths, [budget] * layer.num_kv_heads)
-        kept = keep_highest(scores, budget)
-        stays = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, kept, value=True)
-        gone = (~stays).nonzero()[:, 1].view(len(kept), -1)
-        found = nearest(layer.keys, kept, gone)
+        guard, scores = self.protected(budget), state.entries["scores"]
+        budgets, safe = [budget] * layer.num_kv_heads, guard.within(budget)
+        keep = drop_lowest(scores, layer.lengths, budgets, [safe] * layer.num_kv_heads)
+        if not keep:
+            keep = keep_rows(keep_highest(guard.mark(scores, layer.lengths, budgets), budget))
+        kept, gone = _kept_and_gone(keep, scores)
+        few = kept is None or gone.shape[1] * _FEW <= held
+        found = nearest(layer.keys, kept, gone, key_lengths(view, _TINY) if few else None)
         passes = self._passes(view, found.similarity)
         if not bool(passes.any()):
-            return keep_rows(kept)
-        return (*keep_rows(kept), self._merge(gone, found, passes, held))
+            return keep
+        merge = self._merge(gone, found, passes, held)
+        if self.merge_keys:
+            forget_lengths(view, merge.head, merge.dst)
+        return (*keep, merge)
 
     def _passes(self, view: LayerView, similarity: Tensor) -> Tensor:
         """Move the threshold; which of the evicted entries [Hkv, E] reach it."""
@@ -267,17 +281,23 @@ class D2O(PolicyBase):
     def _merge(self, gone: Tensor, found: "Nearest", passes: Tensor, held: int) -> MergeTokens:
         head, slot = passes.nonzero(as_tuple=True)
         u, src, dst = found.similarity[head, slot], gone[head, slot], found.entry[head, slot]
-        own, group = torch.unique(head * held + dst, return_inverse=True)  # each destination once
         if self.weights == "softmax":
-            theirs, shares, itself = u.exp(), u.exp(), self.merge_self
+            theirs = shares = u.exp()
+            itself = self.merge_self
         else:
             theirs, shares, itself = u, torch.ones_like(u), 1.0
-        total = u.new_full((len(own),), itself).index_add_(0, group, shares)
+        if gone.shape[1] == 1:  # one entry of each head: each destination is another's
+            to, own, total = head, dst, shares + itself
+            mine = total
+        else:
+            own, group = torch.unique(head * held + dst, return_inverse=True)
+            total = u.new_full((len(own),), itself).index_add_(0, group, shares)
+            to, own, mine = own // held, own % held, total[group]
         return MergeTokens(
-            head=torch.cat([own // held, head]),
-            src=torch.cat([own % held, src]),
-            dst=torch.cat([own % held, dst]),
-            weight=torch.cat([itself / total, theirs / total[group]]),
+            head=torch.cat([to, head]),
+            src=torch.cat([own, src]),
+            dst=torch.cat([own, dst]),
+            weight=torch.cat([itself / total, theirs / mine]),
             axis="both" if self.merge_keys else "values",
         )
 
@@ -316,7 +336,9 @@ class Nearest(NamedTuple):
     entry: Tensor
 
 
-def nearest(keys: Tensor, kept: Tensor, gone: Tensor) -> Nearest:
+def nearest(
+    keys: Tensor, kept: Tensor | None, gone: Tensor, lengths: Tensor | None = None
+) -> Nearest:
     """Match evicted entries with kept ones of the same head, by the cosine of their keys.
 
     In float32. Memory: 64 MiB of similarities at a time (or those of one evicted entry for each
@@ -325,27 +347,40 @@ def nearest(keys: Tensor, kept: Tensor, gone: Tensor) -> Nearest:
 
     Args:
         keys: [Hkv, S, D].
-        kept: int64 [Hkv, R], ascending.
+        kept: int64 [Hkv, R], ascending; None if only one entry of each head goes.
         gone: int64 [Hkv, E], the others.
+        lengths: float32 [Hkv, S], of all keys, none of them 0: only where few entries go.
     """
     rows = torch.arange(len(keys), device=keys.device)[:, None]
-    few = gone.shape[1] * _FEW <= keys.shape[1]
-    others = (keys if few else keys[rows, kept]).float()
-    tiny = torch.finfo(torch.float32).tiny
-    lengths = torch.linalg.vector_norm(others, dim=-1).clamp_(min=tiny)[:, None]
+    few = kept is None or gone.shape[1] * _FEW <= keys.shape[1]
+    others = (keys if kept is None or few else keys[rows, kept]).float()
+    if lengths is None:
+        lengths = torch.linalg.vector_norm(others, dim=-1).clamp_(min=_TINY)
     size = max(_BLOCK // max(others.shape[0] * others.shape[1], 1), 1)
     found = []
     for block in gone.split(size, dim=1):
         unit = keys[rows, block].float()
-        unit = unit / torch.linalg.vector_norm(unit, dim=-1, keepdim=True).clamp_(min=tiny)
-        cosines = (unit @ others.transpose(1, 2)).div_(lengths)
+        unit = unit / torch.linalg.vector_norm(unit, dim=-1, keepdim=True).clamp_(min=_TINY)
+        cosines = (unit @ others.transpose(1, 2)).div_(lengths[:, None])
         if few:
             hidden = gone[:, None].expand(-1, block.shape[1], -1)
             cosines.scatter_(2, hidden, -torch.inf)
         found.append(cosines.max(-1))  # of equal ones the first
     similarity = torch.cat([x.values for x in found], dim=1)
     index = torch.cat([x.indices for x in found], dim=1)
-    return Nearest(similarity, index if few else kept.gather(1, index))
+    return Nearest(similarity, index if kept is None or few else kept.gather(1, index))
+
+
+def _kept_and_gone(keep: Plans, scores: Tensor) -> tuple[Tensor | None, Tensor]:
+    """`nearest`'s arguments, of a plan that keeps equally many entries of each head."""
+    (plan,) = keep
+    assert isinstance(plan, KeepTokens)  # noqa: S101
+    if plan.gaps is not None:
+        gone = torch.tensor([list(gap) for gap in plan.gaps.ranges], device=scores.device)
+        return None, gone
+    kept = torch.stack(plan.rows)
+    stays = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, kept, value=True)
+    return kept, (~stays).nonzero()[:, 1].view(len(kept), -1)
 
 
 def _column_sums(view: LayerView) -> Tensor:

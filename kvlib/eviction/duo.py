@@ -26,6 +26,7 @@ from kvlib.errors import ConfigError
 from kvlib.eviction.base import About, LayerView, Needs, Plans, Resources
 from kvlib.eviction.head_roles import HeadRoles, highest_heads
 from kvlib.eviction.scored import PolicyBase
+from kvlib.layer_kv import Gaps
 from kvlib.plans import KeepTokens
 
 __all__ = ["Duo"]
@@ -39,13 +40,13 @@ class Duo(PolicyBase):
     """Heads with high gates keep everything, the others sinks and a window.
 
     Args:
-        gates: file of gates, tabs or spaces between numbers; see the module.
+        gates: file of gates: one line a layer, one number a KV head, tabs or spaces between.
         sparsity: share of the heads that stream: those with gates below this quantile. 0 for none,
             1 for all.
         sinks: first tokens that streaming heads keep.
         window: last entries that streaming heads keep.
         lag: in steps, how many entries leave the window together: it may exceed its size by one
-            less. Rows of unequal length are copied each time, so 16 makes steps cheaper than 1.
+            less. With 16, most steps have nothing to move.
         digest: of the file (BLAKE2b, 16 hexadecimal digits); filled in when it is read, and checked
             if it is given.
     """
@@ -145,13 +146,12 @@ class Duo(PolicyBase):
         stay = self.sinks + self.window
         if all(n - stay < least or h in full for h, n in enumerate(lengths)):
             return ()
-        rows = []
-        for h, n in enumerate(lengths):
-            index = torch.arange(n, device=view.layer.keys.device)
-            if n - stay >= least and h not in full:
-                index = torch.cat([index[: self.sinks], index[n - self.window :]])
-            rows.append(index)
-        return (KeepTokens(tuple(rows)),)
+        gone = [
+            range(self.sinks, n - self.window) if n - stay >= least and h not in full else range(0)
+            for h, n in enumerate(lengths)
+        ]
+        device = view.layer.row(0).keys.device
+        return (KeepTokens.without(Gaps(lengths, tuple(gone), device)),)
 
 
 def _read(path: str) -> bytes:

@@ -31,6 +31,7 @@ from hashlib import blake2b
 from math import isfinite
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from kvlib.artefacts import load_artefact
@@ -64,8 +65,8 @@ class EpiCache(ScoredPolicy):
             1.1 for Llama and 1.3 for Qwen2.5; they find 2 to 4 best for Qwen3-4B and 8 harmful.
         floor: share of the budget that all layers get alike, in [0, 1].
         sinks: first tokens that always stay; give the length of the system prompt.
-        patch: digest of the patched prompt (`patch_digest`), so that caches with different ones
-            have different method strings; empty for any.
+        patch: digest of the patched prompt (`kvlib.eviction.epicache.patch_digest`), so that caches
+            with different ones have different method strings; none for any.
         profile: file from `kvlib calibrate epicache`; without one, all layers get the same.
         digest: of the profile; filled in when it is read, and checked if it is given.
     """
@@ -147,6 +148,12 @@ class EpiCache(ScoredPolicy):
                 "epicache reads a patched prompt behind every block: give KVCache(..., patch=token "
                 "ids), or KVCache(..., tokenizer=...) for one in words. kvlib.EpisodicCache does it"
             )
+        if resources.patch is not None and not _are_ids(resources.patch):
+            raise ConfigError(
+                "epicache: patch is int64 [n], one token id or more, got "
+                f"{getattr(resources.patch, 'dtype', type(resources.patch).__name__)} "
+                f"{list(getattr(resources.patch, 'shape', ()))}"
+            )
         if self.patch is not None:
             found = None if resources.patch is None else patch_digest(resources.patch)
             if found != self.patch:
@@ -203,6 +210,12 @@ class EpiCache(ScoredPolicy):
     def scores(self, view: LayerView) -> Tensor:
         """The most attention that each entry got."""
         return by_row(view.state.entries["scores"], view.layer)
+
+
+def _are_ids(given: object) -> bool:
+    if not isinstance(given, Tensor):
+        return False
+    return given.dim() == 1 and len(given) > 0 and given.dtype == torch.int64
 
 
 def patch_digest(ids: Tensor) -> str:

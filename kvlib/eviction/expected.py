@@ -67,7 +67,7 @@ class Expected(ScoredPolicy):
             "tokens are all kept."
         ),
         when="once, at the end of the prompt",
-        cost="d multiplications a channel of each key and query head, once; no state",
+        cost="D^2 multiplications for each key and query head, once; no state",
         paper=(
             "Expected Attention: KV Cache Compression by Estimating Attention from Future Queries "
             "Distribution, arXiv 2510.00636; NVIDIA/kvpress"

@@ -15,9 +15,7 @@ Scores of the query heads that share a KV head are added up. Early tokens have h
 late ones, and sums are not normalised for that: so the method is defined.
 """
 
-import math
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import ClassVar
 
 from torch import Tensor
@@ -25,7 +23,14 @@ from torch import Tensor
 from kvlib.errors import ConfigError
 from kvlib.eviction.base import About, LayerView, Needs
 from kvlib.eviction.scored import Protect, ScoredPolicy
-from kvlib.eviction.select import by_entry, by_row, check_budget, keeps_all, reduce_group
+from kvlib.eviction.select import (
+    by_entry,
+    by_row,
+    check_budget,
+    keeps_all,
+    reduce_group,
+    share_of,
+)
 
 __all__ = ["H2O"]
 
@@ -94,8 +99,7 @@ class H2O(ScoredPolicy):
 
     def protected(self, budget: int) -> Protect:
         """The most recent entries."""
-        recent = math.ceil(Fraction(str(self.recent)) * budget)  # the decimal as it is written
-        return Protect(window=recent)
+        return Protect(window=share_of(self.recent, budget))
 
     def observe(self, view: LayerView) -> None:
         """Add what the pass's queries looked at."""

@@ -3,8 +3,8 @@
 
 In each head, the anchor is the mean of all held keys after each is scaled to length 1; an entry's
 score is minus the cosine of its key with the anchor. The most typical keys go, until the budget is
-met: after the prompt, and after every step. No query and no attention is looked at, so it costs one
-pass over the keys, and works beside any attention kernel.
+met: after the prompt, and after every step. No query and no attention is looked at, so it costs two
+passes over the keys, and works beside any attention kernel.
 
 The paper bounds the prompt's memory too, by evicting after each block of it; here a prompt is
 evicted once at its end, as in NVIDIA kvpress. Keys are scored as cached, rotary embedding included.
@@ -19,6 +19,7 @@ from torch.nn.functional import normalize
 
 from kvlib.errors import ConfigError
 from kvlib.eviction.base import About, LayerView, Needs
+from kvlib.eviction.key_lengths import key_lengths
 from kvlib.eviction.scored import Protect, ScoredPolicy
 from kvlib.eviction.select import check_budget, keeps_all
 
@@ -48,7 +49,7 @@ class KeyDiff(ScoredPolicy):
             "by cosine with the mean of all unit keys, go first. No query is looked at."
         ),
         when="at the end of the prompt and in every step",
-        cost="one pass over the held keys in each step; no state",
+        cost="two passes over the held keys in each step; 4 bytes an entry and KV head",
         paper=(
             "KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM Inference "
             "in Resource-Constrained Environments, arXiv 2504.15364"
@@ -77,16 +78,17 @@ class KeyDiff(ScoredPolicy):
     def scores(self, view: LayerView) -> Tensor:
         """Minus the cosine of each key with its head's anchor."""
         if view.layer.is_dense:
-            return self.of_keys(view.layer.keys)
-        rows = [self.of_keys(row.keys[None])[0] for row in view.layer.rows()]
+            return self.of_keys(view.layer.keys, key_lengths(view, _TINY))
+        rows = [self.of_keys(row.keys[None], None)[0] for row in view.layer.rows()]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
     @staticmethod
-    def of_keys(keys: Tensor) -> Tensor:
-        """Scores [Hkv, S] of keys [Hkv, S, D]."""
+    def of_keys(keys: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Scores [Hkv, S] of keys [Hkv, S, D], whose lengths [Hkv, S] may be known."""
         wide = keys.float()
-        lengths = wide.norm(dim=-1, keepdim=True).clamp(min=_TINY)
-        anchor = (1 / lengths).transpose(1, 2) @ wide / keys.shape[1]
+        if lengths is None:
+            lengths = torch.linalg.vector_norm(wide, dim=-1).clamp_(min=_TINY)
+        anchor = lengths.reciprocal()[:, None] @ wide / keys.shape[1]
         anchor = normalize(anchor, dim=-1)
-        cosines: Tensor = (wide @ anchor.transpose(1, 2)) / lengths
-        return -cosines[..., 0]
+        cosines: Tensor = (anchor @ wide.transpose(1, 2))[:, 0] / lengths
+        return cosines.neg_()

@@ -73,8 +73,8 @@ class KVzip(ScoredPolicy):
             "2505.23416; snu-mllab/KVzip, and NVIDIA kvpress 0.5.5"
         ),
         differs=(
-            "Entries that lose are freed (kvpress masks them). Rows keep their budget exactly, "
-            "and the beginning of a chat template is scored like the rest."
+            "Entries that lose are freed (kvpress masks them). All heads together keep the budget "
+            "exactly, and the beginning of a chat template is scored like the rest."
         ),
     )
 

@@ -188,18 +188,15 @@ class Lazy(ScoredPolicy):
         if view.column_maxima is None:
             raise ConfigError("lazy needs the attention of every step, and did not get it")
         layer, entries = view.layer, view.state.entries
-        shape = layer.keys.shape[:-1]
-        nothing = torch.zeros(shape, dtype=torch.int32, device=layer.keys.device)
-        last_active = entries.get("last_active", nothing)
-        longest = entries.get("max_recurrence", nothing)
         now = _clock(view) + view.num_new
-
-        from_end = _from_end(layer)
-        last_active = torch.where(from_end < view.num_new, now - 1 - from_end, last_active)
         active = by_entry(reduce_group(view.column_maxima, self.group), layer) >= self.alpha
-        longest = torch.where(active, torch.maximum(longest, now - last_active), longest)
-        entries["last_active"] = last_active.masked_fill(active, now)
-        entries["max_recurrence"] = longest
+        last_active = _begun(view, entries.get("last_active"), now)
+        interval = (now - last_active) * active  # 0 changes no maximum
+        longest = entries.get("max_recurrence")
+        entries["max_recurrence"] = (
+            interval.clamp_(min=0) if longest is None else torch.maximum(longest, interval)
+        )
+        entries["last_active"] = last_active.masked_fill_(active, now)
         view.state.values["step"] = torch.tensor(now)
 
     def target(self, view: LayerView) -> int | None:
@@ -231,8 +228,20 @@ def _clock(view: LayerView) -> int:
     return int(view.state.values.get("step", 0))
 
 
+def _begun(view: LayerView, last_active: Tensor | None, now: int) -> Tensor:
+    """A copy of the last active steps, in which new entries have those they begin with."""
+    layer, num = view.layer, view.num_new
+    if not layer.is_dense or last_active is None:
+        from_end = _from_end(layer)
+        old = 0 if last_active is None else last_active
+        return torch.where(from_end < num, now - 1 - from_end, old)
+    begun = last_active.clone()
+    begun[:, -num:] = torch.arange(now - num, now, dtype=torch.int32, device=begun.device)
+    return begun
+
+
 def _from_end(layer: LayerKV) -> Tensor:
     """Int32 of `keys.shape[:-1]`: how many entries of its row come after each."""
-    device = layer.keys.device
+    device = layer.row(0).keys.device
     rows = [torch.arange(n - 1, -1, -1, dtype=torch.int32, device=device) for n in layer.lengths]
     return torch.stack(rows) if layer.is_dense else torch.cat(rows)

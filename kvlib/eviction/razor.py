@@ -31,6 +31,7 @@ from kvlib.errors import ConfigError
 from kvlib.eviction.base import About, LayerView, Needs, Plans, Resources
 from kvlib.eviction.head_roles import HeadRoles, retrieval_heads
 from kvlib.eviction.scored import PolicyBase
+from kvlib.layer_kv import Gaps
 from kvlib.plans import AppendToken, KeepTokens
 
 __all__ = ["Razor"]
@@ -52,7 +53,7 @@ class Razor(PolicyBase):
         c: the window has at least the c-th part of the tokens seen.
         sinks: first tokens that always stay.
         lag: in steps, how many entries leave the window together: it may exceed its size by one
-            less. Rows of unequal length are copied each time, so 16 makes steps cheaper than 1.
+            less. With 16, most steps have nothing to move.
         digest: of the profile; filled in when it is read, and checked if it is given.
     """
 
@@ -83,7 +84,7 @@ class Razor(PolicyBase):
             "Ascend/msmodelslim"
         ),
         differs=(
-            "Random tokens are drawn without replacement, in two or three draws, and ties do not "
+            "Random tokens are drawn without replacement, three times over, and ties do not "
             "admit extra heads. The paper is silent about decoding: tokens that leave the window "
             "join the mean. Models without rotary embeddings (ALiBi) are refused."
         ),
@@ -182,31 +183,35 @@ class Razor(PolicyBase):
         dropped = values["dropped"].tolist() if values else [0] * layer.num_kv_heads
         # The compensation token is the last of its row.
         real = [n - (gone > 0) for n, gone in zip(layer.lengths, dropped, strict=True)]
-        ends = [n - self.window(view.num_seen) for n in real]  # where the window begins
+        window = self.window(view.num_seen)
+        ends = [n - window for n in real]  # where it begins
         heads = [h for h, end in enumerate(ends) if h not in whole and end - self.sinks >= least]
         if not heads:
             return ()
         rows = layer.rows()
-        kept = [torch.arange(n, device=layer.keys.device) for n in layer.lengths]
+        device = rows[0].keys.device
+        gone = [range(0)] * layer.num_kv_heads
+        tails = [0] * layer.num_kv_heads
         sums = {name: _sums(view, name) for name in ("keys", "values")}
         for h in heads:
-            end, index = ends[h], kept[h]
-            kept[h] = torch.cat([index[: self.sinks], index[end : real[h]]])
+            end = ends[h]
+            gone[h], tails[h] = range(self.sinks, end), layer.lengths[h] - real[h]
             dropped[h] += end - self.sinks
             for name, total in sums.items():
                 leaving: Tensor = getattr(rows[h], name)[self.sinks : end]
-                total[h] += leaving.to(total.dtype).sum(0)
+                total[h] += leaving.sum(0, dtype=total.dtype)
         values["dropped"] = torch.tensor(dropped)
         values |= sums
-        num = torch.tensor([dropped[h] for h in heads], device=layer.keys.device)[:, None]
+        num = torch.tensor([dropped[h] for h in heads], device=device)[:, None]
         means = {name: total[heads] / num for name, total in sums.items()}
         mass = tuple(float(dropped[h]) for h in heads)
-        return (KeepTokens(tuple(kept)), AppendToken(tuple(heads), **means, mass=mass))
+        gaps = Gaps(layer.lengths, tuple(gone), device, tuple(tails))
+        return (KeepTokens.without(gaps), AppendToken(tuple(heads), **means, mass=mass))
 
 
 def _sums(view: LayerView, name: str) -> Tensor:
     """[Hkv, D]: a copy of the sum of what each head has dropped so far of its keys or values."""
-    x: Tensor = getattr(view.layer, name)
+    x: Tensor = getattr(view.layer.row(0), name)
     held = view.state.values.get(name)
     if held is not None:
         return held.to(x.device, copy=True)

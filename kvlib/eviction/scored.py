@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvlib.errors import ConfigError
 from kvlib.eviction.base import LayerView, Needs, Plans, ProbeView, Resources
-from kvlib.eviction.select import plan_highest, tokens_to_keep
+from kvlib.eviction.select import drop_lowest, plan_highest, tokens_to_keep
 
 __all__ = ["Allocator", "PolicyBase", "Protect", "ScoredPolicy", "plan_scored"]
 
@@ -61,8 +61,10 @@ class PolicyBase:
 class Protect:
     """Entries that always stay: the first `sinks` and the last `window` of each row.
 
-    A system prompt is protected by as many sinks as it has tokens. Where the budget is smaller than
-    both together, sinks come first, then the newest tokens.
+    In a method it takes the place of what the policy protects by itself: `snapkv+protect:sinks=4`
+    no longer protects SnapKV's window. A system prompt is protected by as many sinks as it has
+    tokens. Where the budget is smaller than both together, sinks come first, then the newest
+    tokens.
 
     Args:
         sinks: first entries.
@@ -230,7 +232,9 @@ def plan_scored(
         lengths = view.layer.lengths
         if any(n > budget for n, budget in zip(lengths, mine, strict=True)):
             guard = protect or scorer.protected(target)
-            plans[i] = plan_highest(guard.mark(scores, lengths, mine), lengths, mine)
+            safe = [guard.within(budget) for budget in mine]
+            plan = drop_lowest(scores, lengths, mine, safe)
+            plans[i] = plan or plan_highest(guard.mark(scores, lengths, mine), lengths, mine)
     if not scorer.needs.steps:  # what was noted of the prompt has served its purpose
         for view in views:
             view.state.entries.clear()

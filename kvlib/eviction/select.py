@@ -7,6 +7,8 @@ is the earlier token, stays.
 
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import lru_cache
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from kvlib.blocks import LayerKV
 from kvlib.budget import round_budget
 from kvlib.errors import ConfigError
 from kvlib.eviction.base import LayerView, Plans
+from kvlib.layer_kv import Gaps
 from kvlib.plans import KeepTokens
 
 __all__ = [
@@ -24,12 +27,14 @@ __all__ = [
     "by_row",
     "check_budget",
     "check_group",
+    "drop_lowest",
     "keep_highest",
     "keep_rows",
     "keeps_all",
     "largest_remainder",
     "plan_highest",
     "reduce_group",
+    "share_of",
     "tokens_to_keep",
 ]
 
@@ -70,7 +75,16 @@ def check_budget(name: str, budget: float | int) -> None:
     except ConfigError as exc:
         raise ConfigError(f"{name}: {exc}") from exc
     if budget == 0:
-        raise ConfigError(f"{name}: a budget of 0 tokens leaves nothing to attend to")
+        raise ConfigError(
+            f"{name}: a budget of 0 tokens leaves nothing to attend to: give 1 or more, or a "
+            "fraction such as 0.25"
+        )
+
+
+@lru_cache(maxsize=256)  # asked for in each layer of each step
+def share_of(share: float, budget: int) -> int:
+    """So much of a budget, rounded up; the share is the decimal as it is written."""
+    return ceil(Fraction(str(share)) * budget)
 
 
 def check_group(name: str, group: str) -> None:
@@ -116,6 +130,44 @@ def keep_highest(scores: Tensor, num: int) -> Tensor:
 def keep_rows(indices: Tensor) -> Plans:
     """The plan that keeps the same number of entries [Hkv, n] in every head."""
     return (KeepTokens(tuple(indices.unbind(0))),)
+
+
+def drop_lowest(
+    scores: Tensor,
+    lengths: Sequence[int],
+    budgets: Sequence[int],
+    safe: Sequence[tuple[int, int]],
+) -> Plans:
+    """`plan_highest` for the usual step, in which each head has one entry too many.
+
+    Args:
+        scores: see `plan_highest`; nothing is marked yet.
+        lengths: see `plan_highest`.
+        budgets: see `plan_highest`.
+        safe: how many first and last entries each head protects.
+
+    Returns:
+        No plan if it is not such a step, or if everything is protected.
+    """
+    ends = [n - window for n, (_, window) in zip(lengths, safe, strict=True)]
+    if any(
+        n != budget + 1 or sinks >= end
+        for n, budget, (sinks, _), end in zip(lengths, budgets, safe, ends, strict=True)
+    ):
+        return ()
+    heads = len(lengths)
+    if len(set(lengths)) == 1:  # then budgets are equal too, and so is what they protect
+        same = heads > 1 and scores.stride(0) == 0
+        mine = scores[: 1 if same else heads, safe[0][0] : ends[0]]
+        last: list[int] = mine.flip(1).argmin(1).tolist()
+        last *= heads if same else 1
+    else:
+        rows = zip(scores, safe, ends, strict=True)
+        found = [row[sinks:end].flip(0).argmin() for row, (sinks, _), end in rows]
+        last = torch.stack(found).tolist()
+    starts = [end - 1 - back for end, back in zip(ends, last, strict=True)]
+    gone = tuple(range(first, first + 1) for first in starts)
+    return (KeepTokens.without(Gaps(tuple(lengths), gone, scores.device)),)
 
 
 def plan_highest(scores: Tensor, lengths: Sequence[int], budgets: Sequence[int]) -> Plans:

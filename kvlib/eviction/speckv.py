@@ -99,6 +99,10 @@ class SpecKV(ScoredPolicy):
                 "speckv needs a draft: give KVCache(..., draft=model) a smaller model with the "
                 "same tokenizer, or let the model's own first layers be one (speckv:layers=4)"
             )
+        if not hasattr(resources.draft, "config"):
+            raise ConfigError(
+                f"speckv: draft is a model, not its name, got {resources.draft!r:.80}"
+            )
         sizes = [x.config.get_text_config().vocab_size for x in (resources.model, resources.draft)]
         if sizes[0] != sizes[1]:
             raise ConfigError(

@@ -46,8 +46,8 @@ class Streaming(ScoredPolicy):
         when="at the end of the prompt and in every step",
         cost="a top-k over positions",
         paper=(
-            "Efficient Streaming Language Models with Attention Sinks, arXiv 2309.17453; mit- "
-            "han-lab/streaming-llm"
+            "Efficient Streaming Language Models with Attention Sinks, arXiv 2309.17453; "
+            "mit-han-lab/streaming-llm"
         ),
         differs=(
             "Keys stay at their absolute positions, where the paper counts positions inside "

@@ -33,7 +33,8 @@ class Threshold:
 
     Args:
         tau: the lowest score that stays, in the scorer's own measure. The authors' for `kvzap`, a
-            logarithm, are from -3 to -9, by model.
+            logarithm, are from -3 to -9, by model. Sums of attention (`snapkv`) are never negative:
+            with those a tau below 0 keeps everything.
     """
 
     tau: float = -4.0

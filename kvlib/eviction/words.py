@@ -6,11 +6,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvlib.errors import ConfigError
+
 __all__ = ["end_of_turn", "token_ids"]
 
 
 def token_ids(tokenizer: Any, text: str) -> Tensor:
-    """Int64 [n]: a text without the tokenizer's own beginning and end."""
+    """Int64 [n]: a text without the tokenizer's own beginning and end.
+
+    Raises:
+        ConfigError: that is no tokenizer.
+    """
+    if isinstance(tokenizer, str) or not hasattr(tokenizer, "encode"):
+        raise ConfigError(
+            "expected the model's tokenizer, such as AutoTokenizer.from_pretrained(...) gives, got "
+            f"{tokenizer!r:.80}"
+        )
     return torch.tensor(tokenizer.encode(text, add_special_tokens=False), dtype=torch.int64)
 
 

@@ -41,6 +41,9 @@ def forward(model, cache, tokens, **more):
         ({"policy": "h2o:budgt=0.5"}, "budget"),
         ({"policy": "h2o:budget=2.0"}, r"h2o: .*\(0, 1\]"),
         ({"policy": "snapkv;h2o"}, "several methods"),
+        ({"policy": None}, "a policy is a method string such as .*; got None"),
+        ({"policy": Streaming}, "or an object such as .*; got <class"),
+        ({"policy": "speckv", "draft": "gpt2"}, "draft is a model, not its name, got 'gpt2'"),
         ({"prefill_chunk_size": 0}, "prefill_chunk_size must be 1 or more"),
     ],
 )

@@ -312,6 +312,15 @@ def test_where_the_patched_prompt_comes_from():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    "patch", [[1, 2], torch.zeros(0).long(), torch.ones(1, 3).long(), torch.ones(3)]
+)
+def test_a_patched_prompt_is_token_ids(patch):
+    """One or more, in one row."""
+    with pytest.raises(ConfigError, match=r"epicache: patch is int64 \[n\], one token id or more"):
+        kvlib.KVCache(tiny_model(), "epicache:budget=8", patch=patch)
+
+
 def test_the_digest_names_the_patched_prompt():
     """A method with a digest takes that patched prompt only, and works in copies."""
     model, patch = tiny_model(), ids(7)

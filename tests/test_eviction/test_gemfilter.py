@@ -202,6 +202,13 @@ def test_the_function_runs_the_first_layers_only():
     assert torch.equal(model(prompt).logits, before)
 
 
+@pytest.mark.parametrize("wrong", ["a text", [1, 2, 3], torch.ones(1, 9), torch.ones(9) > 0])
+def test_the_function_takes_token_ids(wrong):
+    """Neither text nor lists nor numbers of another kind."""
+    with pytest.raises(ConfigError, match=r"input_ids are .*; select_tokens takes token ids"):
+        select_tokens(tiny_model(), wrong, budget=4)
+
+
 @torch.no_grad()
 def test_the_function_before_generate():
     """The chosen tokens make a prompt of their own."""

@@ -314,6 +314,8 @@ def test_snapkv_in_a_model(group, options):
         ("h2o:recent=half", "h2o:recent must be float, got 'half'"),
         ("streaming:sinks=-1", "sinks must be 0 or more, got -1"),
         ("streaming:sinks=1.5", "streaming:sinks must be int, got '1.5'"),
+        ("snapkv:budget=0", "a budget of 0 tokens leaves nothing to attend to: give 1 or more"),
+        ("snapkv:budget=-3", "a budget in tokens cannot be negative, got -3"),
         ("full:budget=0.5", "'full' has no parameter 'budget'"),
         ("h2o:recnt=0.5", "no parameter 'recnt'. Did you mean 'recent'"),
         ("snapkv:budgt=0.5", "no parameter 'budgt'. Did you mean 'budget'"),
