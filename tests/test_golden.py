@@ -150,7 +150,7 @@ def test_the_containers_cover_the_format():
             s["kind"] in (1, 2) and not s["flags"] and s["raw_bytes"] for s in header["sections"]
         )
     }
-    assert packed >= {"exact", "int8", "int4"}
+    assert packed >= {"exact", "int8", "int4", "fp8", "kivi", "hadamard"}
 
 
 def test_existing_files_are_never_overwritten(tmp_path):
@@ -238,7 +238,7 @@ def tampered(folder: Path, name: str) -> list[str]:
     return problems
 
 
-@pytest.mark.parametrize("name", ["exact-ragged", "int8-float32"])
+@pytest.mark.parametrize("name", ["exact-ragged", "int8-float32", "kivi-ragged"])
 def test_a_wrong_container_is_reported(tmp_path, name):
     """A container or JSON file that is missing or changed is named."""
     data, case = golden(name)

@@ -25,7 +25,7 @@ from kvlib.errors import (
     CorruptDataError,
     UnsupportedInputError,
 )
-from kvlib.registry import describe
+from kvlib.registry import identity
 from kvlib.spec import EXACT, KVSpec, storage_fingerprint
 
 __all__ = [
@@ -201,8 +201,12 @@ def read_raw(container: Container, kind: SectionKind, layer_idx: int, out: Tenso
 
 
 def describe_codec(codec: Codec) -> str:
-    """The codec's canonical string, ``int8@1:group=64``: part of storage identities."""
-    name, colon, rest = describe(codec).partition(":")
+    """The codec's canonical string, ``int8@1:group=64``: part of storage identities.
+
+    Fields marked with `kvlib.registry.PLACE`, such as a profile's path beside its digest, are not
+    in it.
+    """
+    name, colon, rest = identity(codec).partition(":")
     return f"{name}@{codec.version}{colon}{rest}"
 
 

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """A reader of kvlib's formats that shares no code with kvlib.
 
-Written from docs/formats/block.md and docs/formats/container.md alone. Keys need the standard
+Written from the pages of docs/formats alone. Keys need the standard
 library; containers need xxhash, zstandard and NumPy as well. Specs and extras are plain JSON: the
 names are those of the tables in block.md.
 """
 
 import hmac
+import importlib.util
 import itertools
 import re
 import struct
+import sys
 from hashlib import blake2b
+from pathlib import Path
 
 PREFIX, SNAPSHOT, SPEC, STORAGE, MODEL = 1, 3, 5, 6, 7
 BLOCK = 64
@@ -414,8 +417,22 @@ def decode_integer(data, rows, width, dtype, bits, group):
     return from_float32(minimum[:, of] + codes.astype(np.float32) * step[:, of], dtype)
 
 
-def decode_tensor(section, data, codec, rows, width, dtype):
-    """The bytes of a KEYS or VALUES tensor."""
+def fixed_rate():
+    """The file beside this one that reads the fixed-rate codecs."""
+    name = "outsider_fixed"
+    if name not in sys.modules:
+        path = Path(__file__).with_name(f"{name}.py")
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules.setdefault("outsider", sys.modules[__name__])
+        spec.loader.exec_module(module)
+        sys.modules[name] = module
+    return sys.modules[name]
+
+
+def decode_tensor(section, data, codec, layer_idx, lengths, width, dtype):
+    """The bytes of a KEYS or VALUES tensor; `lengths` are the entries of each head."""
+    rows = sum(lengths)
     size = rows * width * dict(DTYPES.values())[dtype]
     need(section["raw_bytes"] == size, "raw_bytes is not the size of the shape")
     if section["flags"] & RAW:
@@ -427,12 +444,24 @@ def decode_tensor(section, data, codec, rows, width, dtype):
         return decode_exact(data, rows, width, dtype)
     name, _, group = codec.partition("@1:group=")
     need(dtype in ("float32", "float16", "bfloat16"), f"{name} does not hold {dtype}", Foreign)
+    if fixed_rate().known(codec):
+        return fixed_rate().decode(
+            codec,
+            data,
+            kind=section["kind"],
+            layer_idx=layer_idx,
+            lengths=lengths,
+            width=width,
+            dtype=dtype,
+        )
     return decode_integer(data, rows, width, dtype, int(name[3:]), int(group))
 
 
 def known_codec(text):
     match = re.fullmatch(r"int[48]@1:group=([1-9][0-9]{0,3})", text, re.ASCII)
-    return text == "exact@1" or (match is not None and 2 <= int(match[1]) <= 1024)
+    if match is not None:
+        return 2 <= int(match[1]) <= 1024
+    return text == "exact@1" or fixed_rate().known(text) is not None
 
 
 def decode(data, spec=None, mac_key=None, limit=4 << 30):
@@ -514,7 +543,8 @@ def decode_layer(data, header, layer):
         shape = (heads, per_head)
     else:
         shape = (heads, header["num_tokens"])
-    rows = shape[0] if lengths is not None else shape[0] * shape[1]
+    per_head = lengths if lengths is not None else [shape[1]] * heads
+    rows = sum(per_head)
     width = layer["channels"] or layer["k_head_dim"]
     dtype = DTYPES[header["dtype"]][0]
     out = {"layer_idx": layer["layer_idx"], "row_lengths": lengths}
@@ -522,7 +552,8 @@ def decode_layer(data, header, layer):
     positions = side(POSITIONS, "<i4", rows)
     for name, kind, columns in (("keys", KEYS, width), ("values", VALUES, layer["v_head_dim"])):
         # Sizes were compared with the bytes that are there; nothing large is made before that.
-        raw = decode_tensor(sections[kind], stored(kind), header["codec"], rows, columns, dtype)
+        section, codec, index = sections[kind], header["codec"], layer["layer_idx"]
+        raw = decode_tensor(section, stored(kind), codec, index, per_head, columns, dtype)
         out[f"{name}_bytes"] = raw
         out[name] = to_float32(raw, dtype).reshape(*shape, columns)
     if positions is None:
@@ -530,7 +561,7 @@ def decode_layer(data, header, layer):
         out["positions"] = positions
     else:
         at = 0
-        for n in lengths if lengths is not None else [shape[1]] * heads:
+        for n in per_head:
             row = [int(p) for p in positions[at : at + n]]
             real = row[: len(row) - row.count(-1)]
             need(all(start <= p < stop for p in real), "a position outside the run")

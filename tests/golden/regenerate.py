@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import zstandard
 from check_golden import RESULTS, ByKvlib, mac_key_of, plain_header, spec_of
 from torch import Tensor
 
 from kvlib.blocks import KVBlock, LayerKV
-from kvlib.codecs import build_codec, decode_block, encode_block, pack
+from kvlib.codecs import build_codec, decode_block, encode_block, pack, rans
 from kvlib.codecs.container import (
     Flag,
     LayerShape,
@@ -575,6 +576,22 @@ def integer_ragged() -> Json:
     )
 
 
+def fixed_ragged(method: str) -> Json:
+    """Rows of 9, 0 and 4 entries, one synthetic; kept channels; fewer value channels than keys."""
+    owner = spec("golden", "float16", [layer(1, 2, 2), layer(3, 14, 6)])
+    rows = [*range(9), 0, 3, 8, -1]
+    one = kv(
+        1,
+        3,
+        numbers(33, 13 * 11, "float16"),
+        numbers(34, 13 * 6, "float16", scale=30),
+        row_lengths=[9, 0, 4],
+        positions=rows,
+        channels=[list(range(11)), list(range(3, 14)), [0, *range(4, 14)]],
+    )
+    return case(f"{method}: rows of different length", method, owner, [one], num_tokens=9)
+
+
 def authenticated() -> Json:
     owner = spec("golden", "float16", [layer(2, 3, 3)])
     layers = [kv(0, 2, bits(21, 12, 2), bits(22, 12, 2))]
@@ -667,8 +684,57 @@ CASES = {
     "int4-float16": lambda: integer("int4:group=8", "float16", 17, 8, mac_key="ab" * 16),
     "int4-bfloat16-odd": lambda: integer("int4:group=32", "bfloat16", 33, 5, alignment=64),
     "int4-ragged": integer_ragged,
+    "fp8-bfloat16": lambda: integer("fp8:format=e4m3,scale=head", "bfloat16", 7, 4),
+    "fp8-none-float32": lambda: integer("fp8:format=e4m3,scale=none", "float32", 7, 4),
+    "fp8-token-float16": lambda: integer("fp8:format=e5m2,scale=token", "float16", 16, 8),
+    "fp8-ragged": lambda: fixed_ragged("fp8:format=e5m2,scale=head"),
+    "kivi-float32": lambda: integer("kivi:bits=3,group=2,residual=1", "float32", 9, 7),
+    "kivi-bfloat16": lambda: integer("kivi:bits=4,group=32,residual=0", "bfloat16", 7, 33),
+    "kivi-ragged": lambda: fixed_ragged("kivi:bits=2,group=4,residual=2"),
+    "hadamard-float32-odd": lambda: integer("hadamard:bits=3,correct=false", "float32", 7, 1),
+    "hadamard-bfloat16": lambda: integer("hadamard:bits=2,correct=true", "bfloat16", 80, 16),
+    "hadamard-ragged": lambda: fixed_ragged("hadamard:bits=4,correct=true"),
     "tags": tags,
 }
+
+
+# Entropy-coded streams
+
+
+def rans_streams() -> list[Json]:
+    """Streams of the entropy coder, with the tables they need, and what they are coded to."""
+    rng = random.Random(11)
+    own = [[4096, 0, 0], [0, 4095, 1], [1, 2, 4093], [1365, 1366, 1365]]
+    gaussian = rans.GAUSSIAN.frequencies.tolist()
+    streams = []
+    for name, frequencies, n, channels, lanes in (
+        ("gaussian", None, 16, 24, 8),
+        ("gaussian, odd", None, 19, 13, 16),
+        ("fewer symbols than lanes", None, 1, 5, 64),
+        ("own tables, most lanes", own, 30, 9, 256),
+        ("own tables, few symbols", own, 3, 7, 8),
+        ("no tokens", own, 0, 3, 8),
+    ):
+        table = frequencies or gaussian
+        rows = [rng.randrange(len(table)) for _ in range(channels)]
+        every = range(len(table[0]))
+        symbols = [[rng.choices(every, table[row])[0] for row in rows] for _ in range(n)]
+        matrix = np.array(symbols, np.uint8).reshape(n, channels)
+        (coded,) = rans.encode(
+            [matrix], [np.array(rows)], rans.Tables(np.array(table)), [lanes], backend="numpy"
+        )
+        streams.append(
+            {
+                "name": name,
+                "frequencies": frequencies,  # None: those of the format
+                "rows": rows,
+                "lanes": lanes,
+                "symbols": [bytes(token).hex() for token in symbols],
+                "states": coded.states.astype("<u4").tobytes().hex(),
+                "words": coded.words.astype("<u2").tobytes().hex(),
+            }
+        )
+    return streams
 
 
 def case_text(case: Json) -> str:
@@ -691,6 +757,7 @@ def case_text(case: Json) -> str:
 def golden_files() -> dict[Path, bytes]:
     """Every golden file as it would be written now."""
     files = {FOLDER / "keys.json": keys_text(make_keys()).encode()}
+    files[FOLDER / "rans.json"] = case_text({"streams": rans_streams()}).encode()
     for name, make in CASES.items():
         data, out = finished(make())
         files[CONTAINERS / f"{name}.kvlc"] = data

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The entropy coder in torch operations, for any device: step by step what the NumPy one does.
+
+Torch has few operations on unsigned numbers, so all are int64; every value fits 63 bits.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvlib.codecs.rans import (
+    FULL_BITS,
+    LOWEST,
+    WORD_BITS,
+    Coded,
+    Stream,
+    check_end,
+    uncodable,
+)
+from kvlib.codecs.rans_numpy import Batch, Step, batches
+from kvlib.codecs.rans_tables import MAX_ALPHABET, PRECISION, TOTAL, Tables
+
+__all__ = ["decode_streams", "encode_streams"]
+
+_CPU = torch.device("cpu")
+
+
+class _StepOn:
+    """A `Step` whose arrays are tensors on a device."""
+
+    def __init__(self, step: Step, device: torch.device) -> None:
+        def put(x: slice | np.ndarray) -> slice | Tensor:
+            return x if isinstance(x, slice) else _put(x, device)
+
+        self.symbols, self.lanes, self.streams = step.symbols, put(step.lanes), put(step.streams)
+        self.columns, self.starts = _put(step.columns, device), _put(step.starts, device)
+
+
+def _put(x: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(x.astype(np.int64)).to(device)
+
+
+def _places(chosen: Tensor, starts: Tensor, place: Tensor, sign: int) -> tuple[Tensor, Tensor]:
+    """The words of the chosen lanes, and where the streams' next words are."""
+    edges = torch.searchsorted(chosen, starts)
+    number = edges.diff()
+    moved = place + sign * number
+    first = moved if sign < 0 else place
+    within = torch.arange(len(chosen), device=chosen.device)
+    return within + (first - edges[:-1]).repeat_interleave(number), moved
+
+
+def encode_streams(
+    streams: Sequence[Stream], tables: Tables, device: torch.device = _CPU
+) -> list[Coded]:
+    """See `kvlib.codecs.rans.Coder`; `device` is where the work is done."""
+    done: dict[int, Coded] = {}
+    for batch in batches(streams):
+        done.update(_encode(batch, tables, device))
+    return [done[i] for i in range(len(streams))]
+
+
+def _encode(batch: Batch, tables: Tables, device: torch.device) -> Iterator[tuple[int, Coded]]:
+    table = _put(tables.encoder, device)
+    symbols = torch.from_numpy(batch.load()).to(device)
+    states = torch.full((len(batch.streams) * batch.lanes,), LOWEST, device=device)
+    words = torch.zeros(batch.size, dtype=torch.int64, device=device)
+    ends = _put(batch.counts.cumsum(), device)
+    place = ends.clone()
+    absent = torch.zeros((), dtype=torch.bool, device=device)
+    for given in batch.steps(backwards=True):
+        step = _StepOn(given, device)
+        entry = table[step.columns * MAX_ALPHABET + symbols[step.symbols]]
+        f = entry >> PRECISION
+        absent |= (f == 0).any()
+        x = states[step.lanes].clone()
+        full = torch.nonzero(x >= f << FULL_BITS).view(-1)
+        wanted, place[step.streams] = _places(full, step.starts, place[step.streams], -1)
+        words[wanted] = x[full] & ((1 << WORD_BITS) - 1)
+        x[full] >>= WORD_BITS
+        quotient = torch.div(x, f.clamp(min=1), rounding_mode="floor")
+        states[step.lanes] = x + quotient * (TOTAL - f) + (entry & (TOTAL - 1))
+    if absent:
+        raise uncodable(batch.streams, tables)
+    every = states.cpu().numpy().astype(np.uint32).reshape(-1, batch.lanes)
+    out = words.cpu().numpy().astype(np.uint16)
+    for i, state, first, end in zip(
+        batch.indices, every, place.tolist(), ends.tolist(), strict=True
+    ):
+        yield i, Coded(state.copy(), out[first:end].copy())
+
+
+def decode_streams(
+    streams: Sequence[Stream],
+    coded: Sequence[Coded],
+    tables: Tables,
+    device: torch.device = _CPU,
+) -> None:
+    """See `kvlib.codecs.rans.Coder`; `device` is where the work is done."""
+    for batch in batches(streams):
+        _decode(batch, [coded[i] for i in batch.indices], tables, device)
+
+
+def _decode(batch: Batch, coded: Sequence[Coded], tables: Tables, device: torch.device) -> None:
+    lookup, table = _put(tables.symbols, device), _put(tables.encoder, device)
+    symbols = torch.empty(batch.size, dtype=torch.uint8, device=device)
+    states = _put(np.concatenate([c.states for c in coded]), device)
+    sizes = np.array([c.words.size for c in coded])
+    # One more: a stream that asks for more words than it has reads others' until it is refused.
+    words = _put(np.concatenate([*(c.words for c in coded), np.zeros(1, np.uint16)]), device)
+    begin = _put(sizes.cumsum() - sizes, device)
+    place = begin.clone()
+    for given in batch.steps():
+        step = _StepOn(given, device)
+        x = states[step.lanes]
+        slot = x & (TOTAL - 1)
+        symbol = lookup[step.columns << PRECISION | slot]
+        symbols[step.symbols] = symbol.to(torch.uint8)
+        entry = table[step.columns * MAX_ALPHABET + symbol]
+        x = (entry >> PRECISION) * (x >> PRECISION) + slot - (entry & (TOTAL - 1))
+        low = torch.nonzero(x < LOWEST).view(-1)
+        wanted, place[step.streams] = _places(low, step.starts, place[step.streams], 1)
+        x[low] = x[low] << WORD_BITS | words[wanted.clamp(max=len(words) - 1)]
+        states[step.lanes] = x
+    every = states.cpu().numpy().reshape(-1, batch.lanes)
+    for s, c, state, n in zip(batch.streams, coded, every, (place - begin).tolist(), strict=True):
+        check_end(s, c, state, n)
+    batch.store(symbols.cpu().numpy())
