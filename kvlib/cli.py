@@ -8,9 +8,12 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from kvlib.calibration.cli import app as calibrate_app
+from kvlib.codec_bench.cli import codec as bench_codec
+from kvlib.codec_cli import app as codec_app
 from kvlib.errors import KVLibError
 from kvlib.evals.cli import app as eval_app
 
@@ -24,6 +27,12 @@ app = typer.Typer(
 )
 app.add_typer(eval_app, name="eval")
 app.add_typer(calibrate_app, name="calibrate")
+bench_app = typer.Typer(
+    help="Measure parts of kvlib; the last line printed is JSON.", no_args_is_help=True
+)
+bench_app.command("codec")(bench_codec)
+app.add_typer(bench_app, name="bench")
+app.add_typer(codec_app, name="codec")
 console = Console()
 
 
@@ -112,5 +121,6 @@ def main() -> None:
     try:
         app()
     except KVLibError as exc:
-        Console(stderr=True).print(f"[bold red]{type(exc).__name__}[/]: {exc}", highlight=False)
+        text = f"[bold red]{type(exc).__name__}[/]: {escape(str(exc))}"
+        Console(stderr=True).print(text, highlight=False, soft_wrap=True)
         sys.exit(1)

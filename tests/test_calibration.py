@@ -15,6 +15,7 @@ from kvlib.blocks import LayerKV
 from kvlib.calibration import CALIBRATIONS, calibrate
 from kvlib.calibration.razor import diagonal_scores, repeated_block
 from kvlib.cli import app, main
+from kvlib.codecs import CODECS
 from kvlib.errors import ConfigError, UnknownPluginError
 from kvlib.eviction import POLICIES, build_policy
 from kvlib.model_spec import spec_for_model
@@ -241,9 +242,9 @@ def test_what_cannot_be_searched():
         calibrate("rasor", model, None, "tiny", "p.razor")
 
 
-def test_every_calibration_belongs_to_a_policy():
-    """The table names policies."""
-    assert set(CALIBRATIONS) <= set(POLICIES.names())
+def test_every_calibration_belongs_to_a_policy_or_codec():
+    """The table names policies and codecs."""
+    assert set(CALIBRATIONS) <= {*POLICIES.names(), *CODECS.names()}
 
 
 # The command
@@ -285,7 +286,65 @@ def test_a_path_that_no_method_can_hold_is_refused_first(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 1
-    assert "spaces" in " ".join(capsys.readouterr().err.split())
+    error = " ".join(capsys.readouterr().err.split())
+    assert "spaces" in error
+    assert "path 'my file'" in error
+
+
+@pytest.mark.parametrize("out", ["sub", "a-file/p.razor", "sub/p.razor/"])
+def test_a_file_that_cannot_be_written_is_refused_first(out, tmp_path, monkeypatch, capsys):
+    """Before the model is loaded, in one line."""
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "p.razor").mkdir()
+    (tmp_path / "a-file").write_text("here before")
+    monkeypatch.setattr(
+        "sys.argv", ["kvlib", "calibrate", "razor", "--model", "nowhere", "-o", out]
+    )
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 1
+    error = capsys.readouterr().err
+    assert "cannot write" in error
+    assert "Traceback" not in error
+    with pytest.raises(ConfigError, match=f"cannot write '{out}'"):
+        calibrate("razor", tiny_model(), None, "tiny", out, block=9)
+    assert (tmp_path / "a-file").read_text() == "here before"
+
+
+def test_a_file_that_is_there_stays_until_there_is_another(tmp_path, monkeypatch):
+    """A calibration that fails or is interrupted leaves it, and leaves none where none was."""
+    (tmp_path / "p.razor").write_text("here before")
+    for out in ("p.razor", "sub/new"):
+        with pytest.raises(ConfigError, match="draws"):
+            calibrate("razor", tiny_model(), None, "tiny", out, draws=0)
+    assert (tmp_path / "p.razor").read_text() == "here before"
+    assert not (tmp_path / "sub" / "new").exists()
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kvlib.calibration.razor.calibrate", interrupted)
+    command = ["calibrate", "razor", "--model", "recall:vocab=64", "-o", "p.razor"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 130
+    assert "p.razor was not written" in result.output
+    assert (tmp_path / "p.razor").read_text() == "here before"
+
+
+def test_a_home_folder_is_found(tmp_path, monkeypatch):
+    """As it is when the policy reads the file."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    calibrate("razor", tiny_model(), None, "tiny", "~/p.razor", block=9, draws=1)
+    assert (tmp_path / "p.razor").exists()
+    assert build_policy("razor:profile=~/p.razor").digest
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**64), 1.5])
+def test_a_seed_is_a_whole_number_that_torch_takes(seed):
+    """Others are refused for every method."""
+    for name in CALIBRATIONS:
+        with pytest.raises(ConfigError, match="seed is a whole number"):
+            calibrate(name, tiny_model(), None, "tiny", "p", seed=seed)
 
 
 def test_help_names_what_can_be_calibrated():

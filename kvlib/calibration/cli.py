@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from kvlib.errors import ConfigError
+
 if TYPE_CHECKING:
     from kvlib.artefacts import Artefact
 
@@ -67,6 +69,57 @@ def lazy(
 
 
 @app.command()
+def cachegen(
+    model: ModelOption,
+    out: OutOption,
+    prompts: Annotated[int, typer.Option(help="Texts.")] = 16,
+    tokens: Annotated[int, typer.Option(help="Tokens of each.")] = 1000,
+    levels: Annotated[
+        str, typer.Option(help="Multiples of the bin widths to have tables for.")
+    ] = "0.25/0.35/0.5/0.7/1.0",
+    seed: Annotated[int, typer.Option(help="Of the places that texts are taken from.")] = 0,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "cpu",
+) -> None:
+    """Count how keys and values are distributed, for the codec cachegen."""
+    options = {"prompts": prompts, "tokens": tokens, "levels": levels, "seed": seed}
+    ladder = levels.split("/")
+    _run("cachegen", model, out, dtype, device, options, {"level": ladder[len(ladder) // 2]})
+
+
+@app.command()
+def codec(
+    model: ModelOption,
+    out: OutOption,
+    presets: Annotated[
+        str, typer.Option(help="Of balanced, small and archive; near is always there.")
+    ] = "balanced small archive",
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="A document like those the model will read; give it several times."),
+    ] = None,
+    documents: Annotated[int, typer.Option(help="Texts at most; five are held out.")] = 42,
+    tokens: Annotated[int, typer.Option(help="Tokens of each that are cached.")] = 768,
+    following: Annotated[int, typer.Option(help="Tokens after them that feel the errors.")] = 256,
+    group: Annotated[int, typer.Option(help="Layers that archive codes together.")] = 5,
+    ridge: Annotated[float, typer.Option(help="Of the metric, as a share of its mean.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Of places in the texts, and of draws.")] = 0,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "cpu",
+) -> None:
+    """Find transforms in which errors cost the model's predictions alike, for the codec kvlc."""
+    from kvlib.calibration.documents import read_documents
+
+    options = {
+        "presets": presets, "documents": documents, "tokens": tokens, "following": following,
+        "group": group, "ridge": ridge, "seed": seed,
+        "texts": None if text is None else read_documents(text),
+    }  # fmt: skip
+    preset = next((p for p in ("small", "balanced", "archive") if p in presets), "near")
+    _run("codec", model, out, dtype, device, options, {"preset": preset}, method="kvlc")
+
+
+@app.command()
 def epicache(
     model: ModelOption,
     out: OutOption,
@@ -109,6 +162,7 @@ def _run(
     device: str,
     options: dict[str, Any],
     params: dict[str, Any],
+    method: str = "",
 ) -> None:
     """Load the model, measure, and say what came out.
 
@@ -120,25 +174,38 @@ def _run(
         device: of the model.
         options: of the measurement.
         params: of the policy, which go with the file.
+        method: name of the policy or codec, if it is another one.
     """
-    from kvlib.calibration import CALIBRATIONS, calibrate
+    from kvlib.calibration import CALIBRATIONS, calibrate, writable_file
     from kvlib.evals.models import load_eval_model
     from kvlib.registry import parse_method
 
-    method = f"{name}:" + ",".join(f"{k}={v}" for k, v in {"profile": out, **params}.items())
-    parse_method(method)  # a path that no method string can hold is refused before anything is run
-    out.parent.mkdir(parents=True, exist_ok=True)
+    method = f"{method or name}:" + ",".join(
+        f"{k}={v}" for k, v in {"profile": out, **params}.items()
+    )
+    try:  # before anything is run
+        parse_method(method)
+    except ConfigError as exc:
+        raise ConfigError(
+            f"no method string can hold the path {str(out)!r}: give one without + | ; : , = and "
+            "spaces"
+        ) from exc
+    out = writable_file(out)
     loaded = load_eval_model(model, dtype, device)
-    with _bar(f"{name} on {model}") as progress:
-        found = calibrate(
-            name,
-            loaded.model,
-            loaded.tokenizer,
-            loaded.model_id,
-            out,
-            progress=progress,
-            **options,
-        )
+    try:
+        with _bar(f"{name} on {model}") as progress:
+            found = calibrate(
+                name,
+                loaded.model,
+                loaded.tokenizer,
+                loaded.model_id,
+                out,
+                progress=progress,
+                **options,
+            )
+    except KeyboardInterrupt:
+        Console(stderr=True).print(f"Interrupted. {out} was not written.", highlight=False)
+        raise typer.Exit(130) from None
     table = Table(show_header=False, title=f"{name} on {model}")
     for row in _summary(CALIBRATIONS[name], found):
         table.add_row(*row)

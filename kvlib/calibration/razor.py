@@ -9,6 +9,11 @@ all earlier occurrences j of its token, echo adds up attention[i, j] and inducti
 1]; both are means over these queries and over some draws of the block. A perfect copying head has
 induction 1. Attention to BOS counts for nothing, and rows are not normalised again without it.
 
+Distances matter, and so do draws. On SmolLM2-135M the echo head is layer 7's KV head 2 with blocks
+as long as the model can read, which one of three draws put second, and another head with blocks of
+1,000 tokens. Without it, a number in a context of 4,096 tokens is seldom found again, even if a
+third of the heads is taken by induction.
+
 The score of a KV head is the highest of its query heads'. Layers with a sliding window are left
 out: policies do not see them either.
 
@@ -69,7 +74,8 @@ def calibrate(
         progress: told of every layer.
         block: random tokens that are repeated; fewer if `REPEATS` blocks do not fit into the
             model's `max_position_embeddings`, or if it has no more ordinary tokens. The artefact's
-            settings say how many there were.
+            settings say how many there were. A shorter block is quicker to read and measures
+            shorter distances only, at which other heads may echo best.
         draws: blocks to average over.
         induction: share of KV heads for ``retrieval``; the policy may choose others.
         echo: likewise.

@@ -38,9 +38,14 @@ _NEED_TORCH = {
 CODECS: "Registry[Codec]" = Registry(
     "codecs",
     {
+        "cachegen": "kvlib.codecs.cachegen:CacheGenCodec",
         "exact": "kvlib.codecs.exact:ExactCodec",
+        "fp8": "kvlib.codecs.fp8:Fp8Codec",
+        "hadamard": "kvlib.codecs.hadamard:HadamardCodec",
         "int4": "kvlib.codecs.integer:Int4Codec",
         "int8": "kvlib.codecs.integer:Int8Codec",
+        "kvlc": "kvlib.codecs.kvlc:KvlcCodec",
+        "kivi": "kvlib.codecs.kivi:KiviCodec",
     },
 )
 

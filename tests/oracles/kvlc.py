@@ -105,7 +105,8 @@ def profiled(layers, positions, preset, kind, tensors, level, chunk, sinks, rope
                 values, two = rounded(y - mean - center, step)
                 margin = min(margin, one, two)
                 piece = rows[index]
-                piece[:, at] = (values + mean + center) @ decode.T
+                offset = tensors.get(f"{name}.offset", 0.0)
+                piece[:, at] = (values + mean + center) @ decode.T + offset
                 rows[index] = piece
         at = 0
         for i in members:

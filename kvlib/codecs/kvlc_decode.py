@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`kvlc`: from the bytes of sections to keys and values; see `kvlib.codecs.kvlc_sections`."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from kvlib.blocks import LayerKV
+from kvlib.codecs.base import read_raw
+from kvlib.codecs.coefficients import (
+    U32,
+    Cursor,
+    Decoded,
+    Packed,
+    parse_chunk,
+    read_chunks,
+)
+from kvlib.codecs.container import Container, SectionFlag, SectionKind
+from kvlib.codecs.kvlc_kernels import Float, Int, Kernels
+from kvlib.codecs.kvlc_sections import (
+    GROUP,
+    HEAD,
+    KINDS,
+    MEAN_STEP,
+    MEMBER,
+    MOST_SYMBOLS,
+    Piece,
+    Settings,
+    Shared,
+    cuts_of,
+    expected_of,
+    form_of,
+    pieces_of,
+    rope_of,
+    same_tokens,
+    transform_of,
+    width_of,
+)
+from kvlib.codecs.transforms import Transform
+from kvlib.errors import CapacityError, CorruptDataError
+from kvlib.spec import RopeSpec
+
+__all__ = ["decode_layers"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A piece to be decoded, its bytes already cut up."""
+
+    piece: Piece
+    kind: SectionKind
+    transform: Transform | None
+    rope: RopeSpec | None
+    step: float
+    kept: Int
+    exempt: Int
+    exempt_bytes: memoryview
+    chunks: list[Packed]
+
+
+def decode_layers(settings: Settings, container: Container, layers: Sequence[LayerKV]) -> None:
+    """Fill the keys and values of layers in place.
+
+    Raises:
+        CorruptDataError: the sections are malformed.
+    """
+    by_index = {layer.layer_idx: layer for layer in layers}
+    done: set[tuple[int, SectionKind]] = set()
+    jobs: list[_Job] = []
+    shared = Shared(settings.sinks)
+    waiting = 0
+    with np.errstate(all="ignore"):  # malformed sections may hold any numbers
+        for layer in layers:
+            for kind, _ in KINDS:
+                if (layer.layer_idx, kind) in done:
+                    continue
+                for job in _jobs(settings, shared, container, layer, kind, by_index, done):
+                    jobs.append(job)
+                    waiting += sum(p.n * p.active for p in job.chunks)
+                if waiting > MOST_SYMBOLS:
+                    _finish(jobs, shared)
+                    jobs, waiting = [], 0
+        _finish(jobs, shared)
+
+
+def _jobs(
+    settings: Settings,
+    shared: Shared,
+    container: Container,
+    layer: LayerKV,
+    kind: SectionKind,
+    by_index: dict[int, LayerKV],
+    done: set[tuple[int, SectionKind]],
+) -> Iterator[_Job]:
+    out = layer.keys if kind is SectionKind.KEYS else layer.values
+    done.add((layer.layer_idx, kind))
+    if read_raw(container, kind, layer.layer_idx, out) or not out.numel():
+        return
+    data = container.read(kind, layer.layer_idx)[1]
+    group = [layer]
+    if data == bytes([MEMBER]) or data[:1] == bytes([GROUP]):
+        group = _group(settings, container, layer, kind, by_index)
+        done.update((member.layer_idx, kind) for member in group)
+        data = container.read(kind, group[0].layer_idx)[1]
+    yield from _parse(settings, shared, group, kind, data)
+
+
+def _group(
+    settings: Settings,
+    container: Container,
+    layer: LayerKV,
+    kind: SectionKind,
+    by_index: dict[int, LayerKV],
+) -> list[LayerKV]:
+    """All layers of a group; those that nobody asked for get room of their own."""
+    size = 1 if settings.profile is None else settings.profile.group
+    first = layer.layer_idx // size * size
+    members = range(first, min(first + size, settings.spec.num_layers))
+    if not {s.layer_idx for s in container.header.layers}.issuperset(members):
+        raise CorruptDataError(f"layer {layer.layer_idx} belongs to a group that is not there")
+    group = []
+    for index in members:
+        _check_member(container, kind, layer, index, first=index == first)
+        found = by_index.get(index)
+        if found is None:
+            try:
+                found = replace(
+                    layer,
+                    layer_idx=index,
+                    keys=torch.empty(layer.keys.shape, dtype=layer.keys.dtype),
+                    values=torch.empty(layer.values.shape, dtype=layer.values.dtype),
+                )
+            except RuntimeError as exc:
+                raise CapacityError(f"no memory for layer {index}: {exc}") from exc
+        group.append(found)
+    if not same_tokens(settings.spec, group):
+        raise CorruptDataError(f"the layers from {first} on cannot be coded together")
+    return group
+
+
+def _check_member(
+    container: Container, kind: SectionKind, like: LayerKV, index: int, *, first: bool
+) -> None:
+    """Whether a layer's section is one of a group's, and claims the size that `like` has."""
+    out = like.keys if kind is SectionKind.KEYS else like.values
+    info, data = container.read(kind, index)
+    raw_bytes = out.numel() * out.element_size()
+    if (
+        data[:1] != bytes([GROUP if first else MEMBER])
+        or (not first and data.nbytes != 1)
+        or info.flags & SectionFlag.RAW
+        or info.raw_bytes != raw_bytes
+    ):
+        raise CorruptDataError(f"layer {index} is not part of the group it stands in")
+
+
+def _parse(
+    settings: Settings,
+    shared: Shared,
+    layers: Sequence[LayerKV],
+    kind: SectionKind,
+    data: memoryview,
+) -> Iterator[_Job]:
+    cursor = Cursor(data)
+    form, turned, zero, num_explicit, step = cursor.unpack(HEAD)
+    pieces = pieces_of(layers)
+    rope = rope_of(settings, layers, kind)
+    widths = [width_of(piece.parts(kind)) for piece in pieces]
+    if form != form_of(settings, layers, sum(widths)) or (form == GROUP) != (len(layers) > 1):
+        raise CorruptDataError(f"a kvlc section of form {form} does not fit its layers")
+    if turned != (rope is not None) or zero or not (math.isfinite(step) and step > 0):
+        raise CorruptDataError("the head of a kvlc section is malformed")
+    total = sum(len(piece.positions) for piece in pieces)
+    if num_explicit > total:
+        raise CorruptDataError(f"{num_explicit} exempt entries of {total}")
+    listed = cursor.array(U32, num_explicit).astype(np.int64)
+    if num_explicit and (int(listed[-1]) >= total or bool((np.diff(listed) <= 0).any())):
+        raise CorruptDataError("the list of exempt entries is malformed")
+    places = []
+    first = 0
+    for piece, width in zip(pieces, widths, strict=True):
+        kept, exempt = shared.split(piece.positions)
+        if num_explicit:
+            count = len(piece.positions)
+            mine = listed[slice(*np.searchsorted(listed, (first, first + count)))] - first
+            fixed = np.zeros(count, np.bool_)
+            fixed[exempt] = True
+            if fixed[mine].any():
+                raise CorruptDataError("an exempt entry is listed without need")
+            fixed[mine] = True
+            kept, exempt = np.flatnonzero(~fixed), np.flatnonzero(fixed)
+        first += len(piece.positions)
+        raw = cursor.take(len(exempt) * width * layers[0].keys.element_size())
+        places.append((kept, exempt, raw))
+    for piece, width, (kept, exempt, raw) in zip(pieces, widths, places, strict=True):
+        transform = transform_of(settings, form, piece, kind)
+        rank = width if transform is None else transform.rank
+        expected = expected_of(transform, step)
+        chunks = [
+            parse_chunk(cursor, b - a, rank, expected)
+            for a, b in cuts_of(len(kept), settings.chunk)
+        ]
+        yield _Job(piece, kind, transform, rope, step, kept, exempt, raw, chunks)
+    cursor.end()
+
+
+def _finish(jobs: Sequence[_Job], shared: Shared) -> None:
+    kernel = shared.kernel
+    decoded = iter(read_chunks([chunk for job in jobs for chunk in job.chunks], kernel))
+    for job in jobs:
+        parts = job.piece.parts(job.kind)
+        turning = shared.turning(job.rope, job.piece.positions[job.kept])
+        first = 0
+        for chunk in job.chunks:
+            last = first + chunk.n
+            here = turning
+            if turning is not None:
+                (cos, sin), rope = turning
+                here = (cos[first:last], sin[first:last]), rope
+            rows, bias = _restore(job, next(decoded), chunk.r, kernel)
+            kernel.place(parts, job.kept[first:last], rows, bias, here)
+            first = last
+        _put_exempt(job)
+
+
+def _restore(job: _Job, chunk: Decoded, rank: int, kernel: Kernels) -> tuple[Float, Float]:
+    """A decoded chunk as rows [n, width], and what each row lacks, [width]."""
+    step, mean_step = np.float32(job.step), job.step * MEAN_STEP
+    if job.transform is not None:
+        means = (chunk.means * mean_step + job.transform.statistics.mean).astype(np.float32)
+        rows = job.transform.join(chunk.scaled(kernel, step, job.transform.parts))
+        return rows, job.transform.back(means[None])[0] + job.transform.offset
+    (rows,) = chunk.scaled(kernel, step)
+    if rows.shape[1] < rank:
+        rows = np.pad(rows, ((0, 0), (0, rank - rows.shape[1])))
+    return rows, (chunk.means * mean_step).astype(np.float32)
+
+
+def _put_exempt(job: _Job) -> None:
+    if not len(job.exempt):
+        return
+    index = torch.from_numpy(job.exempt)
+    parts = job.piece.parts(job.kind)
+    dtype = parts[0].dtype
+    width = width_of(parts)
+    raw = torch.frombuffer(bytearray(job.exempt_bytes), dtype=dtype).reshape(-1, width)
+    first = 0
+    for out in parts:
+        heads, _, size = out.shape
+        mine = raw[:, first : first + heads * size].reshape(-1, heads, size)
+        out[:, index] = mine.transpose(0, 1)
+        first += heads * size

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The inner loops of `kvlc`, which are written twice: `kvlc_numpy`, and compiled `kvlc_numba`.
+
+Both give the same bits, so nobody has to care which one ran. They are chosen like the entropy
+coder: numba where it works, unless the environment variable KVLIB_RANS names another one.
+"""
+
+import os
+from collections.abc import Sequence
+from functools import cache
+from importlib import import_module
+from typing import Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvlib.codecs import rans
+from kvlib.codecs.rope import Angles
+from kvlib.spec import RopeSpec
+
+__all__ = ["Kernels", "Turning", "kernels"]
+
+Bytes = NDArray[np.uint8]
+Int = NDArray[np.int64]
+Values = NDArray[np.int32]
+Float = NDArray[np.float32]
+Double = NDArray[np.float64]
+Turning = tuple[Angles, RopeSpec]
+"""Angles of the rows at hand, and where in a head they belong."""
+
+
+class Kernels(Protocol):
+    """What either module has.
+
+    Rows are float32 [n, width]: of each part, [heads, T, D], the heads side by side.
+    """
+
+    def gather(
+        self, parts: Sequence[Tensor], index: Int, turning: Turning | None, limit: float
+    ) -> tuple[Float, bool]:
+        """The entries `index` of all heads as rows, turned back.
+
+        Also whether all sizes were below the limit, which is a float32; if not, rows hold anything.
+        """
+        ...
+
+    def place(
+        self, parts: Sequence[Tensor], index: Int, rows: Float, bias: Float, turning: Turning | None
+    ) -> None:
+        """Write rows + bias, turned and rounded once, to the entries `index`; `rows` is lost."""
+        ...
+
+    def sums(self, rows: Float) -> Double:
+        """The sum of each column, added up from the first row to the last."""
+        ...
+
+    def squares(self, rows: Float, mean: Double) -> Double:
+        """The sum of squared differences from the mean of each column, in the same order."""
+        ...
+
+    def quantize(
+        self, rows: Float, mean: Float, scale: np.float32, most: float
+    ) -> tuple[Values, Int, Int] | None:
+        """(rows - mean) * scale rounded to even, and the sums of each column and of its squares.
+
+        None where a size is not below `most`, which is at most 2^24.
+        """
+        ...
+
+    def symbols(
+        self, values: Values, active: int, shift: Bytes, radius: Bytes, zero: int, escape: int
+    ) -> Bytes:
+        """(value >> shift) + zero of the first columns; `escape` for what exceeds the radius."""
+        ...
+
+    def pack_low(self, values: Values, shift: Bytes) -> Bytes:
+        """Bit j of all values, in order, whose column has more than j low ones; j ascends."""
+        ...
+
+    def add_low(self, values: Int, shift: Bytes, low: Bytes) -> None:
+        """Undo it: shift values to the left and put in their low bits, whatever follows those."""
+        ...
+
+    def scale(self, symbols: Bytes, zero: int, step: np.float32, heads: int) -> list[Float]:
+        """(symbol - zero) * step, a contiguous matrix for each of `heads` interleaved columns."""
+        ...
+
+
+def kernels() -> Kernels:
+    """The implementation to be used now."""
+    wanted = os.environ.get("KVLIB_RANS") or "numba"
+    return _module("numba" if wanted == "numba" and "numba" in rans.backends() else "numpy")
+
+
+@cache
+def _module(name: str) -> Kernels:
+    return cast("Kernels", import_module(f"kvlib.codecs.kvlc_{name}"))
