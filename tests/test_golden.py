@@ -8,12 +8,14 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 import zstandard
 
 import kvlib
@@ -26,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "tests" / "golden"
 CONTAINERS = FOLDER / "containers" / "v1"
 MAX_BYTES = {"exact-aligned": 8192}  # of the others: 4096
+MAX_BYTES |= {f"kvlc-{name}": 8192 for name in ("near-profile", "balanced", "small", "archive")}
 
 
 def load(name: str) -> ModuleType:
@@ -43,6 +46,7 @@ check_golden = load("check_golden")
 regenerate = load("regenerate")
 
 NAMES = sorted(regenerate.CASES)
+NAN, INF = float("nan"), float("inf")
 PLAIN = [name for name in NAMES if name != "tags"]
 
 
@@ -68,11 +72,16 @@ def test_every_golden_file_is_there(regen_golden):
         regenerate.write_missing(regenerate.golden_files())
     found = {path.name for path in CONTAINERS.iterdir()}
     assert found == {f"{name}.{ending}" for name in NAMES for ending in ("kvlc", "json")}
+    (profile,) = regenerate.PROFILES.iterdir()
+    data = profile.read_bytes()
+    assert (profile.name, len(data) < 40000) == (f"{regenerate.PROFILE}.safetensors", True)
+    assert blake2b(data, digest_size=8).hexdigest() == regenerate.PROFILE
+    assert data == regenerate.kvlc_profile()
     assert (FOLDER / "keys.json").is_file()
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_encoding_gives_the_stored_bytes(name):
+def test_encoding_gives_the_stored_bytes(name, monkeypatch):
     """What goes in becomes the stored bytes; other versions of zstd may only pack otherwise."""
     data, case = golden(name)
     made = regenerate.encode_case(case)
@@ -81,6 +90,9 @@ def test_encoding_gives_the_stored_bytes(name):
     else:
         assert regenerate.decode_case(made, case).equal(regenerate.block_of(case))
     assert len(data) <= MAX_BYTES.get(name, 4096)
+    if name.startswith("kvlc"):
+        monkeypatch.setenv("KVLIB_RANS", "numpy")
+        assert regenerate.encode_case(case) == data
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -88,7 +100,15 @@ def test_decoding_gives_the_stored_numbers(name):
     """Stored bytes decode to what went in, or for a lossy codec to what it once gave."""
     data, case = golden(name)
     found = regenerate.decode_case(data, case)
-    assert found.equal(regenerate.block_of(case, decoded=True))
+    stored = regenerate.block_of(case, decoded=True)
+    if "tolerance" not in case:
+        assert found.equal(stored)
+    else:
+        for mine, theirs in zip(found.layers, stored.layers, strict=True):
+            for x, y in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
+                raw = [bytes.fromhex(regenerate.hex_of(z)) for z in (x, y)]
+                assert check_golden.same_numbers(*raw, case["spec"]["dtype"], case["tolerance"])
+            assert replace(mine, keys=theirs.keys, values=theirs.values).equal(theirs)
     if case["header"]["flags"] & 1:
         assert found.equal(regenerate.block_of(case))
 
@@ -150,7 +170,15 @@ def test_the_containers_cover_the_format():
             s["kind"] in (1, 2) and not s["flags"] and s["raw_bytes"] for s in header["sections"]
         )
     }
-    assert packed >= {"exact", "int8", "int4", "fp8", "kivi", "hadamard"}
+    assert packed >= {"exact", "int8", "int4", "fp8", "kivi", "hadamard", "kvlc"}
+    forms = {
+        golden(name)[0][s["offset"]]
+        for name in NAMES
+        if name.startswith("kvlc")
+        for s in golden(name)[1]["header"]["sections"]
+        if s["kind"] in (1, 2) and not s["flags"]
+    }
+    assert forms == set(range(5))
 
 
 def test_existing_files_are_never_overwritten(tmp_path):
@@ -236,6 +264,37 @@ def tampered(folder: Path, name: str) -> list[str]:
     assert count == 1
     assert all(problem.startswith(f"{name}: ") for problem in problems)
     return problems
+
+
+def test_numbers_within_a_tolerance():
+    """Two parts in 10^5 of the largest, a unit in the last place; what is special is the same."""
+    same, x = check_golden.same_numbers, [1000.0, -3.0, NAN, 0.25]
+    for dtype, units in (("float32", 0), ("bfloat16", 1), ("float16", 1)):
+        kind = getattr(torch, dtype)
+
+        def raw(numbers, kind=kind):
+            return bytes.fromhex(regenerate.hex_of(torch.tensor(numbers, dtype=kind)))
+
+        assert same(raw(x), raw(x), dtype, 2e-5)
+        for at, size in enumerate(x):
+            for change, expected in ((0.015, True), (0.1 + units * abs(size) / 64, False)):
+                y = [n + change if i == at else n for i, n in enumerate(x)]
+                assert same(raw(y), raw(x), dtype, 2e-5) == (expected or size != size)
+        assert not same(raw([1000.0, -3.0, 0.0, 0.25]), raw(x), dtype, 2e-5)
+        assert not same(raw([1000.0, -3.0, INF, 0.25]), raw(x), dtype, 2e-5)
+        assert not same(raw(x[:3]), raw(x), dtype, 2e-5)
+
+
+def test_other_integers_are_reported(tmp_path):
+    """The SHA-256 of all integers has to be the recorded one."""
+    data, case = golden("kvlc-archive")
+    place = tmp_path / "v1"
+    place.mkdir()
+    (place / "kvlc-archive.kvlc").write_bytes(data)
+    for integers, problems in ((case["integers"], 0), ("00", 1)):
+        text = json.dumps({**case, "integers": integers})
+        (place / "kvlc-archive.json").write_text(text, encoding="utf-8")
+        assert len(tampered(tmp_path, "kvlc-archive")) == problems
 
 
 @pytest.mark.parametrize("name", ["exact-ragged", "int8-float32", "kivi-ragged"])

@@ -66,12 +66,28 @@ def test_a_conversation_works_as_written(tmp_path, model_folder):
 
 def test_calibrating_works_as_written(tmp_path, model_folder):
     """The command of README, with fewer random tokens."""
-    (line,) = re.findall(r"^kvlib (calibrate .*)$", README, flags=re.MULTILINE)
-    line = line.replace("path/to/model", str(model_folder)) + " --block 40 --draws 1"
-    command = [sys.executable, "-c", "from kvlib.cli import main; main()", *shlex.split(line)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    run_line("calibrate razor", " --block 40 --draws 1", tmp_path, model_folder)
     assert (tmp_path / "razor.safetensors").exists()
+
+
+def test_codecs_work_as_written(tmp_path, model_folder):
+    """A profile is made and used, on fewer and shorter texts."""
+    sizes = " --tokens 100 --following 50"
+    run_line("calibrate codec", sizes + " --documents 9 --group 2", tmp_path, model_folder)
+    options = sizes + " --record 64 --documents topics --timed 1 --repeats 1 --methods exact"
+    out = run_line("bench codec", options, tmp_path, model_folder)
+    assert (tmp_path / "codec-report" / "report.html").exists()
+    assert "kvlc:preset=archive" in out
+
+
+def run_line(command, options, folder, model):
+    """The command of README that begins so, on a model and with more options."""
+    (line,) = re.findall(rf"^kvlib ({command} .*)$", README, flags=re.MULTILINE)
+    line = line.replace("path/to/model", str(model)) + options
+    command = [sys.executable, "-c", "from kvlib.cli import main; main()", *shlex.split(line)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_storing_blocks_works_as_written(tmp_path):

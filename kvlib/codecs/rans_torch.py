@@ -4,7 +4,7 @@
 Torch has few operations on unsigned numbers, so all are int64; every value fits 63 bits.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from kvlib.codecs.rans import (
     check_end,
     uncodable,
 )
-from kvlib.codecs.rans_numpy import Batch, Step, batches
+from kvlib.codecs.rans_numpy import Batch, Step
 from kvlib.codecs.rans_tables import MAX_ALPHABET, PRECISION, TOTAL, Tables
 
 __all__ = ["decode_streams", "encode_streams"]
@@ -56,23 +56,19 @@ def encode_streams(
     streams: Sequence[Stream], tables: Tables, device: torch.device = _CPU
 ) -> list[Coded]:
     """See `kvlib.codecs.rans.Coder`; `device` is where the work is done."""
-    done: dict[int, Coded] = {}
-    for batch in batches(streams):
-        done.update(_encode(batch, tables, device))
-    return [done[i] for i in range(len(streams))]
-
-
-def _encode(batch: Batch, tables: Tables, device: torch.device) -> Iterator[tuple[int, Coded]]:
+    if not streams:
+        return []
+    batch = Batch(streams)
     table = _put(tables.encoder, device)
     symbols = torch.from_numpy(batch.load()).to(device)
-    states = torch.full((len(batch.streams) * batch.lanes,), LOWEST, device=device)
+    states = torch.full((int(batch.edges[-1]),), LOWEST, device=device)
     words = torch.zeros(batch.size, dtype=torch.int64, device=device)
     ends = _put(batch.counts.cumsum(), device)
     place = ends.clone()
     absent = torch.zeros((), dtype=torch.bool, device=device)
-    for given in batch.steps(backwards=True):
-        step = _StepOn(given, device)
-        entry = table[step.columns * MAX_ALPHABET + symbols[step.symbols]]
+    for at in batch.steps(MAX_ALPHABET, backwards=True):
+        step = _StepOn(at, device)
+        entry = table[step.columns + symbols[step.symbols]]
         f = entry >> PRECISION
         absent |= (f == 0).any()
         x = states[step.lanes].clone()
@@ -84,12 +80,11 @@ def _encode(batch: Batch, tables: Tables, device: torch.device) -> Iterator[tupl
         states[step.lanes] = x + quotient * (TOTAL - f) + (entry & (TOTAL - 1))
     if absent:
         raise uncodable(batch.streams, tables)
-    every = states.cpu().numpy().astype(np.uint32).reshape(-1, batch.lanes)
+    last = batch.states(states.cpu().numpy().astype(np.uint32))
     out = words.cpu().numpy().astype(np.uint16)
-    for i, state, first, end in zip(
-        batch.indices, every, place.tolist(), ends.tolist(), strict=True
-    ):
-        yield i, Coded(state.copy(), out[first:end].copy())
+    every = zip(batch.indices, place.tolist(), ends.tolist(), last, strict=True)
+    done = {i: Coded(x.copy(), out[first:end].copy()) for i, first, end, x in every}
+    return [done[i] for i in range(len(streams))]
 
 
 def decode_streams(
@@ -99,32 +94,31 @@ def decode_streams(
     device: torch.device = _CPU,
 ) -> None:
     """See `kvlib.codecs.rans.Coder`; `device` is where the work is done."""
-    for batch in batches(streams):
-        _decode(batch, [coded[i] for i in batch.indices], tables, device)
-
-
-def _decode(batch: Batch, coded: Sequence[Coded], tables: Tables, device: torch.device) -> None:
+    if not streams:
+        return
+    batch = Batch(streams)
+    given = [coded[i] for i in batch.indices]
     lookup, table = _put(tables.symbols, device), _put(tables.encoder, device)
     symbols = torch.empty(batch.size, dtype=torch.uint8, device=device)
-    states = _put(np.concatenate([c.states for c in coded]), device)
-    sizes = np.array([c.words.size for c in coded])
+    states = _put(np.concatenate([c.states for c in given]), device)
+    sizes = np.array([c.words.size for c in given])
     # One more: a stream that asks for more words than it has reads others' until it is refused.
-    words = _put(np.concatenate([*(c.words for c in coded), np.zeros(1, np.uint16)]), device)
+    words = _put(np.concatenate([*(c.words for c in given), np.zeros(1, np.uint16)]), device)
     begin = _put(sizes.cumsum() - sizes, device)
     place = begin.clone()
-    for given in batch.steps():
-        step = _StepOn(given, device)
+    for at in batch.steps(TOTAL):
+        step = _StepOn(at, device)
         x = states[step.lanes]
         slot = x & (TOTAL - 1)
-        symbol = lookup[step.columns << PRECISION | slot]
+        symbol = lookup[step.columns + slot]
         symbols[step.symbols] = symbol.to(torch.uint8)
-        entry = table[step.columns * MAX_ALPHABET + symbol]
+        entry = table[(step.columns >> PRECISION) * MAX_ALPHABET + symbol]
         x = (entry >> PRECISION) * (x >> PRECISION) + slot - (entry & (TOTAL - 1))
         low = torch.nonzero(x < LOWEST).view(-1)
         wanted, place[step.streams] = _places(low, step.starts, place[step.streams], 1)
         x[low] = x[low] << WORD_BITS | words[wanted.clamp(max=len(words) - 1)]
         states[step.lanes] = x
-    every = states.cpu().numpy().reshape(-1, batch.lanes)
-    for s, c, state, n in zip(batch.streams, coded, every, (place - begin).tolist(), strict=True):
+    every = batch.states(states.cpu().numpy())
+    for s, c, state, n in zip(batch.streams, given, every, (place - begin).tolist(), strict=True):
         check_end(s, c, state, n)
     batch.store(symbols.cpu().numpy())

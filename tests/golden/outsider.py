@@ -139,8 +139,8 @@ DTYPES = {
     5: ("float8_e5m2", 1),
 }
 LAYER_KINDS = {1: "full", 2: "sliding", 3: "mla"}
-LOSSLESS_FLAG, EXPLICIT_FLAG, MAC_FLAG = 1, 16, 32
-RESERVED_FLAGS = 2 | 4 | 8
+LOSSLESS_FLAG, MIXES_HEADS_FLAG, EXPLICIT_FLAG, MAC_FLAG = 1, 4, 16, 32
+CODEC_FLAGS = 2 | 4 | 8
 
 
 def xxh3(data):
@@ -417,9 +417,8 @@ def decode_integer(data, rows, width, dtype, bits, group):
     return from_float32(minimum[:, of] + codes.astype(np.float32) * step[:, of], dtype)
 
 
-def fixed_rate():
-    """The file beside this one that reads the fixed-rate codecs."""
-    name = "outsider_fixed"
+def beside(name):
+    """A file beside this one that reads codecs of its own."""
     if name not in sys.modules:
         path = Path(__file__).with_name(f"{name}.py")
         spec = importlib.util.spec_from_file_location(name, path)
@@ -430,8 +429,19 @@ def fixed_rate():
     return sys.modules[name]
 
 
+def fixed_rate():
+    return beside("outsider_fixed")
+
+
+def transform():
+    return beside("outsider_kvlc")
+
+
 def decode_tensor(section, data, codec, layer_idx, lengths, width, dtype):
-    """The bytes of a KEYS or VALUES tensor; `lengths` are the entries of each head."""
+    """The bytes of a KEYS or VALUES tensor; `lengths` are the entries of each head.
+
+    None where all layers are needed: `decode` fills these in.
+    """
     rows = sum(lengths)
     size = rows * width * dict(DTYPES.values())[dtype]
     need(section["raw_bytes"] == size, "raw_bytes is not the size of the shape")
@@ -444,6 +454,8 @@ def decode_tensor(section, data, codec, layer_idx, lengths, width, dtype):
         return decode_exact(data, rows, width, dtype)
     name, _, group = codec.partition("@1:group=")
     need(dtype in ("float32", "float16", "bfloat16"), f"{name} does not hold {dtype}", Foreign)
+    if codec.startswith("kvlc@1:"):
+        return None
     if fixed_rate().known(codec):
         return fixed_rate().decode(
             codec,
@@ -461,6 +473,8 @@ def known_codec(text):
     match = re.fullmatch(r"int[48]@1:group=([1-9][0-9]{0,3})", text, re.ASCII)
     if match is not None:
         return 2 <= int(match[1]) <= 1024
+    if text.startswith("kvlc@1:"):
+        return transform().known(text) is not None
     return text == "exact@1" or fixed_rate().known(text) is not None
 
 
@@ -475,10 +489,20 @@ def decode(data, spec=None, mac_key=None, limit=4 << 30):
     if spec is not None:
         check_spec(header, spec)
     need(known_codec(header["codec"]), "an unknown codec", Foreign)
-    need(not header["flags"] & RESERVED_FLAGS and not header["profile"], "a profile", Foreign)
+    transformed = header["codec"].startswith("kvlc@1:")
+    flags, profile = 0, ""
+    if transformed:
+        need(spec is not None, "keys cannot be turned without the spec", Foreign)
+        flags, profile = transform().flags_of(header, spec)
+    need(header["flags"] & CODEC_FLAGS == flags, "flags of the codec", Foreign)
+    need(header["profile"] == profile, "another profile", Foreign)
+    need(header["head_range"] is None or not flags & MIXES_HEADS_FLAG, "a range of mixed heads")
     lossless = header["codec"] == "exact@1"
     need(bool(header["flags"] & LOSSLESS_FLAG) == lossless, "flag LOSSLESS")
-    return header, [decode_layer(data, header, layer) for layer in header["layers"]]
+    layers = [decode_layer(data, header, layer) for layer in header["layers"]]
+    if transformed:
+        header["integers"] = transform().fill(data, header, spec, layers)
+    return header, layers
 
 
 STATE_TYPES = {1: "bool", 2: "uint8", 3: "int32", 4: "int64", 5: "float32", 6: "float64"}
@@ -554,8 +578,9 @@ def decode_layer(data, header, layer):
         # Sizes were compared with the bytes that are there; nothing large is made before that.
         section, codec, index = sections[kind], header["codec"], layer["layer_idx"]
         raw = decode_tensor(section, stored(kind), codec, index, per_head, columns, dtype)
-        out[f"{name}_bytes"] = raw
-        out[name] = to_float32(raw, dtype).reshape(*shape, columns)
+        if raw is not None:
+            out[f"{name}_bytes"] = raw
+            out[name] = to_float32(raw, dtype).reshape(*shape, columns)
     if positions is None:
         positions = np.tile(np.arange(start, stop).astype(np.int32), (heads, 1))
         out["positions"] = positions

@@ -595,7 +595,8 @@ import resource, sys, time
 sys.path[:0] = {path!r}
 from kvlib.codecs import decode_block
 from kvlib.errors import CapacityError, CodecError
-import kvlib.codecs.exact, kvlib.codecs.integer
+import kvlib.codecs.exact, kvlib.codecs.integer, kvlib.codecs.kvlc_kernels
+kvlib.codecs.kvlc_kernels.kernels()
 cases = {cases!r}
 from kvlib.spec import KVSpec, LayerSpec
 def spec_of(k):
