@@ -158,8 +158,9 @@ def add_low(values: Int, shift: Bytes, low: Bytes) -> None:
     for j in range(int(shift.max())):
         channels = np.flatnonzero(shift > j)
         count = len(values) * len(channels)
-        plane = bits[at : at + count].reshape(len(values), len(channels)).astype(values.dtype)
-        values[:, channels] |= plane << j
+        plane = bits[at : at + count].reshape(len(values), len(channels))
+        run = _run(channels)  # mostly all of the first ones
+        values[:, channels if run is None else run] |= plane.astype(values.dtype) << j
         at += count
 
 

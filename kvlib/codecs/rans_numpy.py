@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The entropy coder in NumPy: the reference, and what there is without a compiler.
 
-One step codes a symbol of every lane of every stream that still has N of them, so its dozen array
-operations are shared by as many streams as the caller has. The last, shorter step of the streams is
-a step of its own.
+One step codes a symbol of every lane of every stream that still has as many as it has lanes, so its
+dozen array operations are shared by as many streams as the caller has, whatever their sizes are.
+The last, shorter step of the streams is a step of its own.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,19 +24,28 @@ from kvlib.codecs.rans import (
 )
 from kvlib.codecs.rans_tables import MAX_ALPHABET, PRECISION, TOTAL, Tables
 
-__all__ = ["Batch", "batches", "decode_streams", "encode_streams"]
+__all__ = ["Batch", "Step", "decode_streams", "encode_streams"]
 
 Index = NDArray[np.intp]
 
+_BLOCK_STEPS, _BLOCK_SIZE = 64, 1 << 17
+"""Steps whose table rows are laid out at once, and the most rows: they stay in a core's cache."""
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Step:
+
+# As arrays, which array operations take faster than Python's numbers.
+_SLOT, _TOTAL, _PRECISION, _FULL_BITS, _LOWEST, _WORD_BITS, _FREQUENCY, _BYTE = (
+    np.array(k, np.uint32)
+    for k in (TOTAL - 1, TOTAL, PRECISION, FULL_BITS, LOWEST, WORD_BITS, 20, 8)
+)
+
+
+class Step(NamedTuple):
     """What is coded at once: one symbol of each of some lanes.
 
-    Args:
+    Attributes:
         symbols: where they lie in the batch's buffer.
         lanes: the lanes, stream after stream, as a slice or index of the flat states.
-        columns: the table row of each.
+        columns: where the table row of each begins.
         starts: where the lanes of each stream begin among these, and their number at the end.
         streams: the streams, as a slice or index.
     """
@@ -49,43 +58,63 @@ class Step:
 
 
 class Batch:
-    """Streams that have number of lanes and columns in common, the longest first.
+    """Streams that take their steps together, those with the most steps first.
 
     Args:
-        indices: which of the caller's streams they are.
-        streams: those streams.
+        streams: the caller's streams.
+
+    Attributes:
+        indices: where each of `streams` is among the caller's.
+        counts: the symbols of each.
+        edges: where the lanes of each begin in the flat states, and their number at the end.
+        size: of the buffer, in which symbols are in the order of steps.
     """
 
-    def __init__(self, indices: Sequence[int], streams: Sequence[Stream]) -> None:
-        self.indices = sorted(indices, key=lambda i: -streams[i].symbols.size)
+    def __init__(self, streams: Sequence[Stream]) -> None:
+        self.indices = sorted(
+            range(len(streams)), key=lambda i: -(streams[i].symbols.size // streams[i].lanes)
+        )
         self.streams = [streams[i] for i in self.indices]
-        self.lanes, self.period = self.streams[0].lanes, self.streams[0].period
         self.counts = np.array([s.symbols.size for s in self.streams], np.intp)
-        self.columns = np.stack([s.columns for s in self.streams])
-        self.size = int(self.counts.sum())
+        self._lanes = np.array([s.lanes for s in self.streams], np.intp)
+        self._steps = self.counts // self._lanes
+        self.edges = np.concatenate([[0], self._lanes.cumsum()])
+        self._block = max(1, min(_BLOCK_STEPS, _BLOCK_SIZE // max(int(self.edges[-1]), 1)))
+        # In the buffer all have whole blocks of steps: fewer parts, and at most _BLOCK_SIZE more.
+        self._room = -(-self._steps // self._block) * self._block
+        rest = self.counts - self._steps * self._lanes
+        self.size = int((self._room * self._lanes + rest).sum())
+
+    def states(self, flat: NDArray[Any]) -> list[NDArray[Any]]:
+        """The states of each stream: views."""
+        return np.split(flat, self.edges[1:-1])
 
     def _runs(self) -> Iterator[tuple[int, int, int, int]]:
-        """First step, end, streams that have these steps, and their place in the buffer."""
-        steps = self.counts // self.lanes
+        """First step, end, streams that have room for these steps, and their place in it."""
         first = place = 0
-        for end in np.unique(steps).tolist():
-            active = int((steps >= end).sum())
+        for end in np.unique(self._room).tolist():
+            active = int((self._room >= end).sum())
             if end > first:
                 yield first, end, active, place
-                place += (end - first) * active * self.lanes
+                place += (end - first) * int(self.edges[active])
             first = end
 
     def _places(self, buffer: Bytes) -> Iterator[tuple[Bytes, Bytes]]:
         """The parts of the streams' symbols, and of the buffer that is in the order of steps."""
-        n = self.lanes
+        edges = self.edges.tolist()
         for first, end, active, place in self._runs():
-            part = buffer[place : place + (end - first) * active * n].reshape(-1, active, n)
-            for s in range(active):
-                yield self.streams[s].symbols[first * n : end * n].reshape(-1, n), part[:, s]
-        place = int((self.counts // n).sum()) * n
-        for stream, count in zip(self.streams, self.counts.tolist(), strict=True):
-            rest = count % n
-            yield stream.symbols[count - rest :], buffer[place : place + rest]
+            width = edges[active]
+            part = buffer[place : place + (end - first) * width].reshape(-1, width)
+            for s, stream in enumerate(self.streams[:active]):
+                n = stream.lanes
+                last = min(end, stream.symbols.size // n)
+                mine = stream.symbols[first * n : last * n].reshape(-1, n)
+                yield mine, part[: last - first, edges[s] : edges[s + 1]]
+        place = int((self._room * self._lanes).sum())
+        for stream in self.streams:
+            rest = stream.symbols.size % stream.lanes
+            if rest:
+                yield stream.symbols[-rest:], buffer[place : place + rest]
             place += rest
 
     def load(self) -> Bytes:
@@ -100,122 +129,186 @@ class Batch:
         for symbols, part in self._places(buffer):
             symbols[:] = part
 
-    def steps(self, *, backwards: bool = False) -> Iterator[Step]:
-        """The steps in the order of decoding, or of encoding."""
-        if backwards:
-            yield from self._short_step()
-        n = self.lanes
-        runs = list(self._runs())
-        for first, end, active, place in reversed(runs) if backwards else runs:
-            lanes, streams = slice(0, active * n), slice(0, active)
-            starts = np.arange(active + 1) * n
-            for t in range(first, end)[:: -1 if backwards else 1]:
-                at = place + (t - first) * active * n
-                column = t * n % self.period
-                yield Step(
-                    symbols=slice(at, at + active * n),
-                    lanes=lanes,
-                    columns=self.columns[:active, column : column + n].reshape(-1),
-                    starts=starts,
-                    streams=streams,
-                )
-        if not backwards:
-            yield from self._short_step()
+    def steps(self, row: int, *, backwards: bool = False) -> Iterator[Step]:
+        """The steps in the order of decoding, or of encoding.
 
-    def _short_step(self) -> Iterator[Step]:
+        Args:
+            row: entries of a table row.
+            backwards: in the order of encoding.
+
+        Yields:
+            A step; the next one may take its arrays.
+        """
+        if backwards:
+            yield from self._short_step(row)
+        edges = self.edges.tolist()
+        block = self._block
+        tiled = self._tiled(row, block)
+        columns = np.empty((block, edges[-1]), np.uint32)
+        known = active = -1
+        last = int(self._steps.max())
+        number = len(edges) - 1 - self._steps[::-1].searchsorted(np.arange(last), side="right")
+        runs = list(self._runs())
+        for first, end, most, place in reversed(runs) if backwards else runs:
+            for t in range(first, min(end, last))[:: -1 if backwards else 1]:
+                if t // block != known:
+                    known = t // block
+                    self._fill(columns, tiled, known * block)
+                if number[t] != active:
+                    active = int(number[t])
+                    width = edges[active]
+                    lanes, streams = slice(0, width), slice(0, active)
+                    starts = self.edges[: active + 1]
+                at = place + (t - first) * edges[most]
+                rows = columns[t % block, :width]
+                yield Step(slice(at, at + width), lanes, rows, starts, streams)
+        if not backwards:
+            yield from self._short_step(row)
+
+    def _tiled(self, row: int, block: int) -> list[NDArray[np.uint32]]:
+        """The table rows of each stream, enough to cut out any block of its steps."""
+        out = []
+        for stream, steps in zip(self.streams, self._steps.tolist(), strict=True):
+            rows = stream.columns[: stream.period] * np.uint32(row)
+            out.append(np.resize(rows, stream.period + min(block, steps) * stream.lanes))
+        return out
+
+    def _fill(
+        self, columns: NDArray[np.uint32], tiled: Sequence[NDArray[np.uint32]], first: int
+    ) -> None:
+        """Put the table rows of a block of steps into columns [block, lanes]."""
+        active = int((self._steps > first).sum())
+        at = 0
+        for stream, rows in zip(self.streams[:active], tiled, strict=False):
+            n = stream.lanes
+            steps = min(len(columns), stream.symbols.size // n - first)
+            begin = first * n % stream.period
+            columns[:steps, at : at + n] = rows[begin : begin + steps * n].reshape(-1, n)
+            at += n
+
+    def _short_step(self, row: int) -> Iterator[Step]:
         """The last step of the streams whose size is no multiple of the lanes."""
-        n = self.lanes
-        rest = self.counts % n
+        rest = self.counts - self._steps * self._lanes
         streams = np.flatnonzero(rest)
         if not streams.size:
             return
-        every = np.arange(n)
-        columns = [self.columns[s, (self.counts[s] - rest[s]) % self.period :] for s in streams]
+        lanes, columns = [], []
+        for s, n in zip(streams.tolist(), rest[streams].tolist(), strict=True):
+            stream = self.streams[s]
+            begin = (stream.symbols.size - n) % stream.period
+            columns.append(stream.columns[begin : begin + n])
+            lanes.append(np.arange(self.edges[s], self.edges[s] + n))
         yield Step(
             symbols=slice(self.size - int(rest.sum()), self.size),
-            lanes=np.concatenate([s * n + every[: rest[s]] for s in streams]),
-            columns=np.concatenate([c[: rest[s]] for s, c in zip(streams, columns, strict=True)]),
+            lanes=np.concatenate(lanes),
+            columns=np.concatenate(columns) * np.uint32(row),
             starts=np.concatenate([[0], rest[streams].cumsum()]),
             streams=streams,
         )
 
 
-def batches(streams: Sequence[Stream]) -> Iterator[Batch]:
-    """Streams that can take their steps together."""
-    groups: dict[tuple[int, int], list[int]] = {}
-    for i, stream in enumerate(streams):
-        groups.setdefault((stream.lanes, stream.period), []).append(i)
-    for indices in groups.values():
-        yield Batch(indices, streams)
-
-
 def encode_streams(streams: Sequence[Stream], tables: Tables) -> list[Coded]:
     """See `kvlib.codecs.rans.Coder`."""
-    done: dict[int, Coded] = {}
-    for batch in batches(streams):
-        done.update(_encode(batch, tables))
-    return [done[i] for i in range(len(streams))]
+    if not streams:
+        return []
+    with np.errstate(divide="ignore"):  # a symbol without frequency is refused in the end
+        return _encode(Batch(streams), tables)
 
 
-def _encode(batch: Batch, tables: Tables) -> Iterator[tuple[int, Coded]]:
+def _encode(batch: Batch, tables: Tables) -> list[Coded]:
     symbols = batch.load()
-    states = np.full(len(batch.streams) * batch.lanes, LOWEST, np.uint32)
+    states = np.full(batch.edges[-1], LOWEST, np.uint32)
     words = np.empty(batch.size, np.uint16)  # no symbol puts out more than one
     ends = batch.counts.cumsum()
     place = ends.copy()
-    absent = False
-    for step in batch.steps(backwards=True):
-        entry = tables.encoder.take(step.columns * MAX_ALPHABET + symbols[step.symbols])
-        f = entry >> PRECISION
-        absent |= not f.all()
+    ramp = np.arange(states.size)
+    rooms = np.empty((2, states.size), np.uint32)
+    least = np.full(states.size, TOTAL, np.uint32)
+    for step in batch.steps(MAX_ALPHABET, backwards=True):
         x = states[step.lanes]
-        full = np.flatnonzero(x >= f << FULL_BITS)
-        overflowing = x[full]
+        f, room, lowest = rooms[0, : x.size], rooms[1, : x.size], least[: x.size]
+        f[:] = symbols[step.symbols]
+        np.add(f, step.columns, f)
+        entry = tables.encoder.take(f)
+        np.right_shift(entry, _PRECISION, f)
+        np.minimum(lowest, f, out=lowest)
+        np.left_shift(f, _FULL_BITS, room)
+        full = (x >= room).nonzero()[0]
+        overflowing = x.take(full)
         # They go in front of the stream's words, in the order of lanes.
-        edges = np.searchsorted(full, step.starts)
-        number = edges[1:] - edges[:-1]
-        place[step.streams] -= number
-        words[np.arange(full.size) + (place[step.streams] - edges[:-1]).repeat(number)] = (
-            overflowing
-        )
-        x[full] = overflowing >> WORD_BITS
-        quotient = x // np.maximum(f, 1)
-        states[step.lanes] = x + quotient * (TOTAL - f) + (entry & (TOTAL - 1))
-    if absent:
+        edges = full.searchsorted(step.starts)
+        first = edges[:-1]
+        number = edges[1:] - first
+        last_word = place[step.streams]
+        last_word -= number
+        wanted = (last_word - first).repeat(number)
+        wanted += ramp[: full.size]
+        words[wanted] = overflowing
+        overflowing >>= _WORD_BITS
+        x[full] = overflowing
+        # x = x // f * TOTAL + x % f + cumulative
+        np.floor_divide(x, f, room)
+        np.subtract(_TOTAL, f, f)
+        np.multiply(room, f, room)
+        np.add(x, room, x)
+        np.bitwise_and(entry, _SLOT, entry)
+        np.add(x, entry, x)
+        if not isinstance(step.lanes, slice):  # else these are views
+            states[step.lanes] = x
+            place[step.streams] = last_word
+    if not least.all():
         raise uncodable(batch.streams, tables)
-    for i, first, end, x in zip(
-        batch.indices, place, ends, states.reshape(-1, batch.lanes), strict=True
-    ):
-        yield i, Coded(x.copy(), words[first:end].copy())
+    every = zip(batch.indices, place, ends, batch.states(states), strict=True)
+    done = {i: Coded(x.copy(), words[first:end].copy()) for i, first, end, x in every}
+    return [done[i] for i in range(len(done))]
 
 
 def decode_streams(streams: Sequence[Stream], coded: Sequence[Coded], tables: Tables) -> None:
     """See `kvlib.codecs.rans.Coder`."""
-    for batch in batches(streams):
-        _decode(batch, [coded[i] for i in batch.indices], tables)
-
-
-def _decode(batch: Batch, coded: Sequence[Coded], tables: Tables) -> None:
+    if not streams:
+        return
+    batch = Batch(streams)
+    given = [coded[i] for i in batch.indices]
     symbols = np.empty(batch.size, np.uint8)
-    states = np.concatenate([c.states for c in coded]).astype(np.uint32, copy=False)
-    sizes = np.array([c.words.size for c in coded])
+    states = np.concatenate([c.states for c in given]).astype(np.uint32, copy=False)
+    sizes = np.array([c.words.size for c in given])
     # One more: a stream that asks for more words than it has reads others' until it is refused.
-    words = np.concatenate([*(c.words for c in coded), [0]]).astype(np.uint32)
+    words = np.concatenate([*(c.words for c in given), [0]]).astype(np.uint32)
     begin = sizes.cumsum() - sizes
     place = begin.copy()
-    for step in batch.steps():
+    ramp = np.arange(states.size)
+    room = np.empty_like(states)
+    for step in batch.steps(TOTAL):
         x = states[step.lanes]
-        entry = tables.decoder.take(step.columns << PRECISION | (x & (TOTAL - 1)))
+        slot = room[: x.size]
+        np.bitwise_and(x, _SLOT, slot)
+        np.bitwise_or(slot, step.columns, slot)
+        entry = tables.decoder.take(slot)
         symbols[step.symbols] = entry  # the low byte
-        x = ((entry >> 20) + 1) * (x >> PRECISION) + (entry >> 8 & (TOTAL - 1))
-        low = np.flatnonzero(x < LOWEST)
-        edges = np.searchsorted(low, step.starts)
-        number = edges[1:] - edges[:-1]
-        wanted = np.arange(low.size) + (place[step.streams] - edges[:-1]).repeat(number)
-        x[low] = x[low] << WORD_BITS | words.take(wanted, mode="clip")
-        place[step.streams] += number
-        states[step.lanes] = x
+        # x = frequency * (x >> PRECISION) + slot - cumulative
+        np.right_shift(entry, _FREQUENCY, slot)
+        np.right_shift(x, _PRECISION, x)
+        np.multiply(slot, x, slot)
+        np.add(x, slot, x)
+        np.right_shift(entry, _BYTE, entry)
+        np.bitwise_and(entry, _SLOT, entry)
+        np.add(x, entry, x)
+        low = (x < _LOWEST).nonzero()[0]
+        edges = low.searchsorted(step.starts)
+        first = edges[:-1]
+        number = edges[1:] - first
+        next_word = place[step.streams]
+        wanted = (next_word - first).repeat(number)
+        wanted += ramp[: low.size]
+        refilled = x.take(low)
+        refilled <<= _WORD_BITS
+        refilled |= words.take(wanted, mode="clip")
+        x[low] = refilled
+        next_word += number
+        if not isinstance(step.lanes, slice):  # else these are views
+            states[step.lanes] = x
+            place[step.streams] = next_word
     used = (place - begin).tolist()
-    for s, c, x, n in zip(batch.streams, coded, states.reshape(-1, batch.lanes), used, strict=True):
+    for s, c, x, n in zip(batch.streams, given, batch.states(states), used, strict=True):
         check_end(s, c, x, n)
     batch.store(symbols)

@@ -110,6 +110,26 @@ def test_streams_of_many_sizes_together(backend, lanes):
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_streams_of_many_lanes_together(backend):
+    """Few lanes and many, few steps and hundreds: streams drop out at steps of their own."""
+    rng = np.random.default_rng(11)
+    sizes = [(8, 130), (256, 3), (16, 64), (128, 65), (256, 70), (32, 1), (8, 0), (64, 17)]
+    sizes += [(256, 70 - i) for i in range(9)]  # more lanes than a full block of steps can hold
+    streams = [
+        gaussian(rng, -(-(lanes * steps + 5) // width), width)
+        for width, (lanes, steps) in enumerate(sizes, start=3)
+    ]
+    symbols, rows = zip(*streams, strict=True)
+    lanes = [n for n, _ in sizes]
+    together = encode(symbols, rows, GAUSSIAN, lanes, backend)
+    for x, row, n, coded in zip(symbols, rows, lanes, together, strict=True):
+        assert same(coded, encode([x], [row], GAUSSIAN, [n], "numba")[0])
+    shapes = [x.shape for x in symbols]
+    for x, y in zip(symbols, decode(together, shapes, rows, GAUSSIAN, backend), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
 def test_golden_streams():
     """Stored streams decode with every coder, and are what every coder writes."""
     stored = json.loads((ROOT / "tests" / "golden" / "rans.json").read_text(encoding="utf-8"))
