@@ -32,6 +32,7 @@ from torch import Tensor
 
 from kvlib.codecs.base import MatrixCodec, unsupported_dtype
 from kvlib.codecs.container import Buffer
+from kvlib.codecs.fixed_rate import outward, round_into
 from kvlib.errors import ConfigError, CorruptDataError
 
 __all__ = ["Int4Codec", "Int8Codec"]
@@ -41,16 +42,6 @@ _FLOAT16_MAX = np.float32(65504)
 _NIBBLES = np.array([[b & 15, b >> 4] for b in range(256)], np.uint8).view(np.uint16)[:, 0]
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _Array = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
-
-
-def _outward(x: _Array, towards: float) -> "np.ndarray[tuple[int, ...], np.dtype[np.float16]]":
-    """float16 of `x`, rounded down (towards=-inf) or up (+inf)."""
-    with np.errstate(over="ignore"):
-        half = x.astype(np.float16)
-        back = half.astype(np.float32)
-        wrong = back > x if towards < 0 else back < x
-        # + 0 turns -0.0 into 0.0: which of two zeros is the least differs between machines.
-        return np.where(wrong, np.nextafter(half, np.float16(towards)), half) + np.float16(0)
 
 
 class _IntegerCodec(MatrixCodec):
@@ -84,9 +75,9 @@ class _IntegerCodec(MatrixCodec):
             not (low >= -_FLOAT16_MAX).all() or not (high <= _FLOAT16_MAX).all()
         ):  # false for NaN as well
             return None
-        minimum = _outward(low, -np.inf)
+        minimum = outward(low, -np.inf)
         span = high - minimum.astype(np.float32)
-        step = _outward(span / np.float32(2**self.bits - 1), np.inf)
+        step = outward(span / np.float32(2**self.bits - 1), np.inf)
         scale = step.astype(np.float32)
         top = minimum.astype(np.float32) + scale * np.float32(2**self.bits - 1)
         if (
@@ -134,27 +125,12 @@ class _IntegerCodec(MatrixCodec):
             codes = np.pad(codes, ((0, 0), (0, groups * group - width)))
         values = np.multiply(codes.reshape(entries, groups, group), step, dtype=np.float32)
         values += minimum
-        rows = values.reshape(entries, -1)[:, :width].reshape(out.shape)
-        if out.dtype == torch.float32:
-            np.copyto(out.numpy(), rows)
-        else:
-            _round_into(out, rows)
-
-
-def _round_into(out: Tensor, rows: _Array) -> None:
-    """Round float32 to the dtype of `out`, in pieces too small for torch to start threads for.
-
-    Decoding runs on a pool of threads already; a second pool under it costs more than it brings.
-    """
-    flat = rows.reshape(-1, rows.shape[-1])
-    heads = [out] if out.dim() == 2 else list(out)
-    step = max(1, 16384 // rows.shape[-1])
-    at = 0
-    for head in heads:
-        for first in range(0, head.shape[0], step):
-            piece = head[first : first + step]
-            piece.copy_(torch.from_numpy(flat[at : at + piece.shape[0]]))
-            at += piece.shape[0]
+        rows = values.reshape(entries, -1)[:, :width]
+        heads = [out] if out.dim() == 2 else list(out)
+        at = 0
+        for head in heads:
+            round_into(head, rows[at : at + len(head)])
+            at += len(head)
 
 
 def _check_group(name: str, group: int) -> None:
