@@ -142,7 +142,7 @@ def decode(
         if not isinstance(layer.positions, range) or layer.channels is not None:
             raise UnsupportedInputError(
                 f"layer {layer.layer_idx} holds only some tokens or key channels: the safetensors "
-                "form is for whole layers; use kvlib.decode_block"
+                "form is for whole layers; use kvlib.codecs.decode_block"
             )
         tensors[f"layers.{layer.layer_idx}.keys"] = layer.keys
         tensors[f"layers.{layer.layer_idx}.values"] = layer.values

@@ -78,6 +78,7 @@ def test_the_metric_says_what_errors_cost(model, kind, layer):
             expected = float((noise[16:] ** 2).sum()) * float(values[place]) * float(size) ** 2 / 2
             ratios.append(kl / expected)
         costs[place] = np.mean(ratios)
+    # The greatest axis of 24 draws is great by chance as well, so it promises more than it costs.
     assert 0.35 < costs[-1] < 2.5
     assert 0.4 < costs[len(values) // 2] < 2.5
     assert values[-1] > 3 * values[0].clamp_min(1e-30)

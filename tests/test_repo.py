@@ -271,6 +271,7 @@ FLOORS = (
         "demo",
         "evals",
         "kvlib",
+        "machine",
         "pages",
         "policy_docs",
         "smollm2",

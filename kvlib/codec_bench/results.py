@@ -5,13 +5,9 @@ Every document counts alike: a mean is one over documents, and its standard erro
 deviation over the root of their number. They are few, and of different kinds.
 """
 
-import os
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +19,7 @@ from kvlib.codec_bench.measure import Document, Quality, Task, measure, prepare
 from kvlib.codec_bench.speed import measure_speeds
 from kvlib.codecs import Codec
 from kvlib.evals.models import EvalModel
+from kvlib.machine import environment
 from kvlib.spec import KVSpec
 
 if TYPE_CHECKING:
@@ -32,8 +29,6 @@ __all__ = ["Step", "run", "short_form", "steps"]
 
 Step = Callable[[str], None]
 """Told what was just done."""
-
-_PACKAGES = ("kvlib", "torch", "transformers", "numpy", "numba", "zstandard", "xxhash")
 
 
 def _codecs(entries: Sequence[Entry]) -> dict[str, Codec]:
@@ -195,26 +190,3 @@ def short_form(results: Mapping[str, Any]) -> dict[str, Any]:
 
     out = dict(results) | {"methods": [row(x) for x in results["methods"]]}
     return out | ({"memcpy": times(results["memcpy"])} if "memcpy" in results else {})
-
-
-def environment() -> dict[str, Any]:
-    """Versions and machine."""
-    packages: dict[str, str | None] = {}
-    for name in _PACKAGES:
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = None
-    cpu = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text(encoding="utf-8").splitlines()
-        cpu = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), cpu)
-    return {
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "load_average_1m": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "packages": packages,
-    }

@@ -63,7 +63,7 @@ class KvlcCodec:
         kl: instead of a level, nats a token that held-out text lost.
         chunk: tokens that share means and tables.
         sinks: first positions that are stored exactly.
-        profile: file from `kvlib calibrate kvlc`.
+        profile: file from `kvlib calibrate codec`.
         digest: of the profile; filled in when it is read, and checked if it is given. Alone it
             names a profile that this process has read, or one in a folder of profiles; see
             `kvlib.codecs.transforms.find_profile`.

@@ -3,7 +3,6 @@
 
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -12,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ from kvlib.demo.worker import kv_digests
 from kvlib.errors import KVLibError
 from kvlib.eviction import build_policy
 from kvlib.keys import BLOCK_TOKENS
+from kvlib.machine import environment
 from kvlib.prefix import PrefixCache
 from kvlib.smollm2 import load_folder, smollm2_folder
 from kvlib.store.store import KVStore
@@ -188,7 +187,7 @@ class _Steps:
                 "threads": self._threads,
                 "seed": SEED,
             },
-            "environment": _environment(),
+            "environment": environment(),
             "model": {"name": folder.name, **spec},
             "prefill": {
                 "tokens": self._num_tokens,
@@ -314,27 +313,6 @@ def _relate(rows: list[dict[str, Any]]) -> None:
         row["speedup"] = recomputed / row["first_token_median_s"]
         row["answer_equal"] = row["answer_ids"] == expected
     rows[0]["recomputed_answer_ids"] = expected
-
-
-def _environment() -> dict[str, Any]:
-    packages: dict[str, str | None] = {}
-    for name in ("kvlib", "torch", "transformers", "numpy", "zstandard", "xxhash"):
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = None
-    cpu = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text(encoding="utf-8").splitlines()
-        cpu = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), cpu)
-    return {
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "packages": packages,
-    }
 
 
 def _show(data: dict[str, Any], out: Path, console: Console) -> None:
