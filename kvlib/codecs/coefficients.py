@@ -31,7 +31,7 @@ from kvlib.codecs import rans
 from kvlib.codecs.header import Buffer
 from kvlib.codecs.kvlc_kernels import Kernels
 from kvlib.codecs.rans_tables import ESCAPE, class_radius, class_sigmas
-from kvlib.codecs.varint import decode_varints, encode_varints
+from kvlib.codecs.varint import encode_varints
 from kvlib.errors import CorruptDataError
 
 __all__ = [
@@ -42,20 +42,21 @@ __all__ = [
     "Draft",
     "draft_chunk",
     "levels_of",
-    "read_chunks",
+    "parse_chunk",
     "write_chunks",
 ]
 
 _PLAIN = 58  # levels without low bits
 _FIRST = 49  # class of the first level with them
 _PER_BIT = 9  # classes that double the deviation, nearly
-_ZERO = 31  # symbol of 0
-_LEVEL_CLASS = 43  # differences of levels: a deviation of 2
+ZERO = 31  # symbol of 0
+LEVEL_CLASS = 43  # differences of levels: a deviation of 2
 _HEAD = Struct("<HBBIIIII")  # active, level of all, of all means, words, side words, escapes, low
 _FROM_PROFILE = 255
 MAX_LEVEL = _FROM_PROFILE - 1  # a deviation of 2^24, the size of the largest values
 U32, _U16 = np.dtype("<u4"), np.dtype("<u2")
 
+Bytes = NDArray[np.uint8]
 Int = NDArray[np.int64]
 Float = NDArray[np.float32]
 
@@ -86,12 +87,12 @@ class Expected:
         mean_levels: uint8 [r], of the means.
     """
 
-    levels: NDArray[np.uint8]
-    mean_levels: NDArray[np.uint8]
+    levels: Bytes
+    mean_levels: Bytes
 
 
 @cache
-def _level_tables() -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.float64]]:
+def level_tables() -> tuple[Bytes, Bytes, NDArray[np.float64]]:
     """Class and low bits of each level, and the edges between levels on the scale of deviations."""
     e = np.arange(MAX_LEVEL + 1)
     high = np.maximum(e - _PLAIN, 0)
@@ -102,14 +103,9 @@ def _level_tables() -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.fl
     return classes.astype(np.uint8), shifts.astype(np.uint8), edges
 
 
-def levels_of(deviations: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
+def levels_of(deviations: NDArray[np.floating[Any]]) -> Bytes:
     """The nearest level of each standard deviation, given in units of the quantizer's step."""
-    return np.searchsorted(_level_tables()[2], deviations).astype(np.uint8)
-
-
-def classes_of(levels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The class of each level."""
-    return _level_tables()[0][levels]
+    return np.searchsorted(level_tables()[2], deviations).astype(np.uint8)
 
 
 # -- integers as symbols
@@ -119,8 +115,8 @@ def classes_of(levels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 class _Coded:
     """Integers as symbols of tables, low bits and escapes."""
 
-    symbols: NDArray[np.uint8]
-    rows: NDArray[np.uint8]
+    symbols: Bytes
+    rows: Bytes
     low: bytes
     escapes: Int
 
@@ -129,43 +125,28 @@ _NO_ESCAPES = np.empty(0, np.int64)
 
 
 @cache
-def _radii() -> NDArray[np.uint8]:
+def _radii() -> Bytes:
     return class_radius().astype(np.uint8)
 
 
-def _symbols(
-    values: NDArray[np.int32], active: int, levels: NDArray[np.uint8], kernel: Kernels
-) -> _Coded:
+def _symbols(values: NDArray[np.int32], active: int, levels: Bytes, kernel: Kernels) -> _Coded:
     """The first columns of values [n, r] under levels [active]."""
-    classes, shifts, _ = _level_tables()
+    classes, shifts, _ = level_tables()
     rows, shift = classes[levels], shifts[levels]
-    symbols = kernel.symbols(values, active, shift, _radii()[rows], _ZERO, ESCAPE)
+    symbols = kernel.symbols(values, active, shift, _radii()[rows], ZERO, ESCAPE)
     low = kernel.pack_low(values[:, :active], shift).tobytes() if shift.any() else b""
     escapes = _NO_ESCAPES
-    at = _escapes(symbols)
+    at = find_escapes(symbols)
     if at.size:
         t, c = np.divmod(at, active)
         escapes = values[t, c].astype(np.int64) >> shift[c]
     return _Coded(symbols, rows, low, escapes)
 
 
-def _escapes(symbols: NDArray[np.uint8]) -> NDArray[np.intp]:
+def find_escapes(symbols: Bytes) -> NDArray[np.intp]:
     """Where escapes are, in order."""
     found: NDArray[np.intp] = (symbols.reshape(-1) == ESCAPE).nonzero()[0]
     return found
-
-
-def _low_bytes(n: int, shift: NDArray[np.uint8]) -> int:
-    return -(-n * int(shift.sum(dtype=np.int64)) // 8)
-
-
-def _add_low(values: Int, shift: NDArray[np.uint8], low: memoryview, kernel: Kernels) -> None:
-    """Put low bits back: values [n, r] hold the high parts."""
-    packed = np.frombuffer(low, np.uint8)
-    kernel.add_low(values, shift, packed)
-    used = len(values) * int(shift.sum(dtype=np.int64)) % 8
-    if used and packed[-1] >> used:
-        raise CorruptDataError("the padding of low bits is not zero")
 
 
 # -- chunks as bytes
@@ -202,7 +183,7 @@ def draft_chunk(chunk: Chunk, known: Expected | None, kernel: Kernels) -> Draft:
         around = known.levels[:active].astype(np.int64)
         mean_levels = known.mean_levels
     beside = np.concatenate([levels.astype(np.int64) - around, chunk.means], dtype=np.int32)
-    beside_levels = np.concatenate([_level_levels(active), mean_levels])
+    beside_levels = np.concatenate([same(LEVEL_CLASS, active), mean_levels])
     return Draft(
         active=active,
         base=base,
@@ -246,13 +227,7 @@ def write_chunks(drafts: Sequence[Draft]) -> list[bytes]:
     return out
 
 
-@lru_cache(maxsize=64)
-def _level_levels(active: int) -> NDArray[np.uint8]:
-    """The levels of differences of levels, which are also their classes."""
-    return np.full(active, _LEVEL_CLASS, np.uint8)
-
-
-def _median(levels: NDArray[np.uint8]) -> int:
+def _median(levels: Bytes) -> int:
     """The middle level, or the mean of both, rounded down; 0 of none."""
     if not levels.size:
         return 0
@@ -295,31 +270,47 @@ class Cursor:
             raise CorruptDataError(f"{self.view.nbytes - self.at} bytes follow the last chunk")
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Packed:
-    """A chunk's bytes, checked and cut up, before its symbols are decoded.
+    """A chunk's bytes, cut out and checked for their size, before anything of it is decoded.
 
     Attributes:
         n: tokens.
         r: channels.
         active: channels that are not all zero.
-        escapes: bytes of so many numbers.
+        step: what values are multiplied with.
+        parts: matrices to be made, of every `parts`-th channel each.
+        size: channels of each of them; those that are not active are 0.
+        levels: uint8 [active], what the levels of the values differ from.
+        mean_levels: uint8 [r], of the means.
+        lanes: of the stream of levels and means, and of the stream of values.
+        words: of both.
+        low_bytes: of low bits.
+        escapes: so many numbers.
+        body: the states of both streams, their words, low bits and escapes.
     """
 
     n: int
     r: int
     active: int
-    levels: NDArray[np.int64]
-    mean_levels: NDArray[np.uint8]
-    main: rans.Coded
-    side: rans.Coded
-    low: memoryview
-    escapes: memoryview
-    num_escapes: int
+    step: np.float32
+    parts: int
+    size: int
+    levels: Bytes
+    mean_levels: Bytes
+    lanes: tuple[int, int]
+    words: tuple[int, int]
+    low_bytes: int
+    escapes: int
+    body: memoryview
 
 
-def parse_chunk(cursor: Cursor, n: int, r: int, expected: Expected | None) -> Packed:
-    """Read the frame of a chunk of n tokens and r channels.
+def parse_chunk(
+    cursor: Cursor, n: int, r: int, expected: Expected | None, step: np.float32, parts: int
+) -> Packed:
+    """Cut out a chunk of n tokens and r channels.
+
+    With expectations its matrices have the active channels, else all.
 
     Raises:
         CorruptDataError: sizes that cannot be.
@@ -333,126 +324,52 @@ def parse_chunk(cursor: Cursor, n: int, r: int, expected: Expected | None) -> Pa
     if {base == _FROM_PROFILE, mean_base == _FROM_PROFILE} != {profiled}:
         raise CorruptDataError("a chunk's levels do not come from where they should")
     if expected is not None:
-        levels = expected.levels[:active].astype(np.int64)
-        mean_levels = expected.mean_levels
+        levels, mean_levels = expected.levels[:active], expected.mean_levels
     else:
-        levels = np.full(active, base, np.int64)
-        mean_levels = np.full(r, mean_base, np.uint8)
-    states = cursor.array(U32, rans.choose_lanes(active + r))
-    main_states = cursor.array(U32, rans.choose_lanes(n * active))
-    side = rans.Coded(states, cursor.array(_U16, side_words))
-    main = rans.Coded(main_states, cursor.array(_U16, words))
-    low = cursor.take(low_bytes)
-    packed = cursor.take(escape_bytes)
-    if not escapes <= min(len(packed), active + r + n * active):
+        levels, mean_levels = same(base, active), same(mean_base, r)
+    lanes = rans.choose_lanes(active + r), rans.choose_lanes(n * active)
+    if side_words > active + r or words > n * active:
         raise CorruptDataError(
-            f"{escapes} escapes of {len(packed)} bytes in a chunk of {n} x {active}"
+            f"{side_words} and {words} words in a chunk of {n} tokens, {active} of {r} channels"
         )
-    return Packed(n, r, active, levels, mean_levels, main, side, low, packed, escapes)
+    if not escapes <= min(escape_bytes, active + r + n * active):
+        raise CorruptDataError(
+            f"{escapes} escapes of {escape_bytes} bytes in a chunk of {n} x {active}"
+        )
+    body = cursor.take(4 * sum(lanes) + 2 * (side_words + words) + low_bytes + escape_bytes)
+    return Packed(
+        n=n,
+        r=r,
+        active=active,
+        step=step,
+        parts=parts,
+        size=-(-(active if profiled else r) // parts),
+        levels=levels,
+        mean_levels=mean_levels,
+        lanes=lanes,
+        words=(side_words, words),
+        low_bytes=low_bytes,
+        escapes=escapes,
+        body=body,
+    )
+
+
+@lru_cache(maxsize=64)
+def same(level: int, count: int) -> Bytes:
+    """That level of so many channels; read-only."""
+    out = np.full(count, level, np.uint8)
+    out.setflags(write=False)
+    return out
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Decoded:
-    """A decoded chunk, in steps.
+    """A decoded chunk.
 
     Attributes:
-        symbols: uint8 [n, active], 31 stands for 0.
-        escapes: where symbols stand for something else, in order, and what that is.
-        columns: those with low bits, mostly few.
-        whole: int64 [n, len(columns)], what stands in those columns.
+        rows: float32 [parts, n, size], values times the step, as `Packed` wants them.
         means: int64 [r].
     """
 
-    symbols: NDArray[np.uint8]
-    escapes: tuple[Int, Int]
-    columns: Int
-    whole: Int
+    rows: Float
     means: Int
-
-    def scaled(self, kernel: Kernels, step: np.float32, heads: int = 1) -> list[Float]:
-        """Values times the step, float32: matrices [n, ...] of every `heads`-th column each."""
-        out = kernel.scale(self.symbols, _ZERO, step, heads)
-        at, values = self.escapes
-        if at.size:
-            t, c = np.divmod(at, self.symbols.shape[1])
-            large = values.astype(np.float32) * step
-            for h, x in enumerate(out):
-                mine = c % heads == h
-                x[t[mine], c[mine] // heads] = large[mine]
-        if self.columns.size:
-            scaled = self.whole.astype(np.float32) * step
-            for h, x in enumerate(out):
-                mine = self.columns % heads == h
-                x[:, self.columns[mine] // heads] = scaled[:, mine]
-        return out
-
-
-def _numbers(packed: Sequence[Packed]) -> list[Int]:
-    """The escapes of each chunk, decoded together."""
-    last = np.cumsum([p.num_escapes for p in packed], dtype=np.int64)
-    if not packed:
-        return []
-    joined = b"".join([p.escapes for p in packed])
-    every = decode_varints(joined, int(last[-1]))
-    # A chunk's last byte must end the last of its numbers.
-    ends = (np.frombuffer(joined, np.uint8) < 0x80).nonzero()[0]
-    edges = np.cumsum([len(p.escapes) for p in packed], dtype=np.int64)
-    if (np.concatenate([[0], ends + 1])[last] != edges).any():
-        raise CorruptDataError("the escapes of a chunk are not as many as it says")
-    return np.split(every, last[:-1])
-
-
-def read_chunks(packed: Sequence[Packed], kernel: Kernels) -> list[Decoded]:
-    """Decode chunks, all at once.
-
-    Raises:
-        CorruptDataError: streams that no encoder writes.
-    """
-    classes, shifts, _ = _level_tables()
-    side_rows = [np.concatenate([_level_levels(p.active), classes[p.mean_levels]]) for p in packed]
-    sides = rans.decode(
-        [p.side for p in packed],
-        [(1, p.active + p.r) for p in packed],
-        side_rows,
-        rans.GAUSSIAN,
-    )
-    means, levels, rest = [], [], []
-    for p, symbols, given in zip(packed, sides, _numbers(packed), strict=True):
-        row = symbols[0].astype(np.int64) - _ZERO
-        at = _escapes(symbols)
-        if at.size > given.size:
-            raise CorruptDataError(f"a chunk has {given.size} escapes and needs more")
-        row[at] = given[: at.size]
-        rest.append(given[at.size :])
-        mine = p.levels + row[: p.active]
-        if mine.size and (mine.view(np.uint64) > MAX_LEVEL).any():  # negative ones are huge
-            raise CorruptDataError("a channel's level is out of range")
-        levels.append(mine)
-        means.append(row[p.active :])
-    mains = rans.decode(
-        [p.main for p in packed],
-        [(p.n, p.active) for p in packed],
-        [classes[x] for x in levels],
-        rans.GAUSSIAN,
-    )
-    decoded = []
-    for p, symbols, level, mean, escapes in zip(packed, mains, levels, means, rest, strict=True):
-        shift, mean_shift = shifts[level], shifts[p.mean_levels]
-        mean_low = _low_bytes(1, mean_shift)
-        if p.low.nbytes != mean_low + _low_bytes(p.n, shift):
-            raise CorruptDataError(f"{p.low.nbytes} bytes of low bits do not fit the levels")
-        if mean_low:
-            _add_low(mean[None], mean_shift, p.low[:mean_low], kernel)
-        at = _escapes(symbols)
-        if at.size != escapes.size:
-            raise CorruptDataError(f"{escapes.size} escapes are there; the symbols need {at.size}")
-        columns = shift.nonzero()[0]
-        whole = symbols[:, columns].astype(np.int64, order="C") - _ZERO
-        if columns.size:
-            if at.size:
-                t, c = np.divmod(at, p.active)
-                mine = shift[c] > 0
-                whole[t[mine], np.searchsorted(columns, c[mine])] = escapes[mine]
-            _add_low(whole, shift[columns], p.low[mean_low:], kernel)
-        decoded.append(Decoded(symbols, (at, escapes), columns, whole, mean))
-    return decoded

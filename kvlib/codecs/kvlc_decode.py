@@ -16,10 +16,9 @@ from kvlib.codecs.coefficients import (
     Decoded,
     Packed,
     parse_chunk,
-    read_chunks,
 )
 from kvlib.codecs.container import Container, SectionFlag, SectionKind
-from kvlib.codecs.kvlc_kernels import Float, Int, Kernels
+from kvlib.codecs.kvlc_kernels import Float, Int
 from kvlib.codecs.kvlc_sections import (
     GROUP,
     HEAD,
@@ -199,8 +198,9 @@ def _parse(
         transform = transform_of(settings, form, piece, kind)
         rank = width if transform is None else transform.rank
         expected = expected_of(transform, step)
+        parts = 1 if transform is None else transform.parts
         chunks = [
-            parse_chunk(cursor, b - a, rank, expected)
+            parse_chunk(cursor, b - a, rank, expected, np.float32(step), parts)
             for a, b in cuts_of(len(kept), settings.chunk)
         ]
         yield _Job(piece, kind, transform, rope, step, kept, exempt, raw, chunks)
@@ -209,7 +209,7 @@ def _parse(
 
 def _finish(jobs: Sequence[_Job], shared: Shared) -> None:
     kernel = shared.kernel
-    decoded = iter(read_chunks([chunk for job in jobs for chunk in job.chunks], kernel))
+    decoded = iter(kernel.read_chunks([chunk for job in jobs for chunk in job.chunks]))
     for job in jobs:
         parts = job.piece.parts(job.kind)
         turning = shared.turning(job.rope, job.piece.positions[job.kept])
@@ -220,23 +220,20 @@ def _finish(jobs: Sequence[_Job], shared: Shared) -> None:
             if turning is not None:
                 (cos, sin), rope = turning
                 here = (cos[first:last], sin[first:last]), rope
-            rows, bias = _restore(job, next(decoded), chunk.r, kernel)
+            rows, bias = _restore(job, next(decoded))
             kernel.place(parts, job.kept[first:last], rows, bias, here)
             first = last
         _put_exempt(job)
 
 
-def _restore(job: _Job, chunk: Decoded, rank: int, kernel: Kernels) -> tuple[Float, Float]:
+def _restore(job: _Job, chunk: Decoded) -> tuple[Float, Float]:
     """A decoded chunk as rows [n, width], and what each row lacks, [width]."""
-    step, mean_step = np.float32(job.step), job.step * MEAN_STEP
+    mean_step = job.step * MEAN_STEP
     if job.transform is not None:
         means = (chunk.means * mean_step + job.transform.statistics.mean).astype(np.float32)
-        rows = job.transform.join(chunk.scaled(kernel, step, job.transform.parts))
+        rows = job.transform.join(chunk.rows)
         return rows, job.transform.back(means[None])[0] + job.transform.offset
-    (rows,) = chunk.scaled(kernel, step)
-    if rows.shape[1] < rank:
-        rows = np.pad(rows, ((0, 0), (0, rank - rows.shape[1])))
-    return rows, (chunk.means * mean_step).astype(np.float32)
+    return chunk.rows[0], (chunk.means * mean_step).astype(np.float32)
 
 
 def _put_exempt(job: _Job) -> None:

@@ -6,10 +6,10 @@ coder: numba where it works, unless the environment variable KVLIB_RANS names an
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib import import_module
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,9 @@ from torch import Tensor
 from kvlib.codecs import rans
 from kvlib.codecs.rope import Angles
 from kvlib.spec import RopeSpec
+
+if TYPE_CHECKING:
+    from kvlib.codecs.coefficients import Decoded, Packed
 
 __all__ = ["Kernels", "Turning", "kernels"]
 
@@ -78,12 +81,12 @@ class Kernels(Protocol):
         """Bit j of all values, in order, whose column has more than j low ones; j ascends."""
         ...
 
-    def add_low(self, values: Int, shift: Bytes, low: Bytes) -> None:
-        """Undo it: shift values to the left and put in their low bits, whatever follows those."""
-        ...
+    def read_chunks(self, packed: Sequence["Packed"]) -> Iterator["Decoded"]:
+        """Decode chunks; what comes out may be overwritten by the next.
 
-    def scale(self, symbols: Bytes, zero: int, step: np.float32, heads: int) -> list[Float]:
-        """(symbol - zero) * step, a contiguous matrix for each of `heads` interleaved columns."""
+        Raises:
+            CorruptDataError: streams that no encoder writes.
+        """
         ...
 
 

@@ -19,16 +19,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvlib.codecs import kvlc_numpy
+from kvlib.codecs.coefficients_numba import read_chunks
 from kvlib.codecs.kvlc_kernels import Bytes, Double, Float, Int, Turning, Values
 from kvlib.codecs.rans_numba import _compiled, _input, _output
 
 __all__ = [
-    "add_low",
     "gather",
     "pack_low",
     "place",
     "quantize",
-    "scale",
+    "read_chunks",
     "squares",
     "sums",
     "symbols",
@@ -375,67 +375,4 @@ def pack_low(values: Values, shift: Bytes) -> Bytes:
     """See `Kernels`."""
     out = np.zeros(-(-len(values) * int(shift.sum(dtype=np.int64)) // 8), np.uint8)
     _pack_low(values, shift, out)
-    return out
-
-
-@_compiled(_output(types.int64), _input(types.uint8), _input(types.uint8))
-def _add_low(values: Int, shift: Bytes, low: Bytes) -> int:
-    width = shift.size
-    for t in range(values.size // width):
-        at = _u64(t * width)
-        for c in range(width):
-            values[at + _u64(c)] <<= np.int64(shift[_u64(c)])
-    bit = 0
-    for j in range(shift.max()):
-        channels = np.flatnonzero(shift > j)
-        for t in range(values.size // width):
-            at = _u64(t * width)
-            for channel in channels:
-                values[at + _u64(channel)] |= np.int64(low[bit >> 3] >> (bit & 7) & 1) << j
-                bit += 1
-    return 0
-
-
-def add_low(values: Int, shift: Bytes, low: Bytes) -> None:
-    """See `Kernels`."""
-    _add_low(values.reshape(-1), shift, low)
-
-
-@_compiled(_input(types.uint8), types.float32, types.float32, _output(types.float32))
-def _scale(symbols: Bytes, zero: Any, step: Any, out: Float) -> int:
-    for i in range(out.size):
-        out[_u64(i)] = (np.float32(symbols[_u64(i)]) - zero) * step
-    return 0
-
-
-@_compiled(
-    _input(types.uint8),
-    types.int64,
-    types.int64,
-    types.int64,
-    types.float32,
-    types.float32,
-    _output(types.float32),
-)
-def _scale_every(
-    symbols: Bytes, width: int, first: int, every: int, zero: Any, step: Any, out: Float
-) -> int:
-    size = out.size // (symbols.size // width)
-    for t in range(symbols.size // width):
-        frm, to = _u64(t * width + first), _u64(t * size)
-        for i in range(size):
-            out[to + _u64(i)] = (np.float32(symbols[frm + _u64(i * every)]) - zero) * step
-    return 0
-
-
-def scale(symbols: Bytes, zero: int, step: np.float32, heads: int) -> list[Float]:
-    """See `Kernels`."""
-    n, width = symbols.shape
-    flat = symbols.reshape(-1)
-    out = [np.empty((n, -(-(width - h) // heads)), np.float32) for h in range(heads)]
-    for h, x in enumerate(out):
-        if heads == 1:
-            _scale(flat, zero, step, x.reshape(-1))
-        elif x.size:
-            _scale_every(flat, width, h, heads, zero, step, x.reshape(-1))
     return out

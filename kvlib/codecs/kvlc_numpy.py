@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvlib.codecs.coefficients_numpy import read_chunks
 from kvlib.codecs.kvlc_kernels import Bytes, Double, Float, Int, Turning, Values
 from kvlib.codecs.rope import turn
 
 __all__ = [
-    "add_low",
     "gather",
     "pack_low",
     "place",
     "quantize",
-    "scale",
+    "read_chunks",
     "squares",
     "sums",
     "symbols",
@@ -148,28 +148,3 @@ def pack_low(values: Values, shift: Bytes) -> Bytes:
         (values[:, shift > j] >> j & 1).astype(np.uint8).ravel() for j in range(int(shift.max()))
     ]
     return np.packbits(np.concatenate(planes), bitorder="little")
-
-
-def add_low(values: Int, shift: Bytes, low: Bytes) -> None:
-    """See `Kernels`."""
-    bits = np.unpackbits(low, bitorder="little")
-    values <<= shift.astype(values.dtype)
-    at = 0
-    for j in range(int(shift.max())):
-        channels = np.flatnonzero(shift > j)
-        count = len(values) * len(channels)
-        plane = bits[at : at + count].reshape(len(values), len(channels))
-        run = _run(channels)  # mostly all of the first ones
-        values[:, channels if run is None else run] |= plane.astype(values.dtype) << j
-        at += count
-
-
-def scale(symbols: Bytes, zero: int, step: np.float32, heads: int) -> list[Float]:
-    """See `Kernels`."""
-    out = []
-    for h in range(heads):
-        x = symbols[:, h::heads].astype(np.float32, order="C")
-        x -= np.float32(zero)
-        x *= step
-        out.append(x)
-    return out

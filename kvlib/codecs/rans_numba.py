@@ -31,7 +31,7 @@ from kvlib.codecs.rans import (
 )
 from kvlib.codecs.rans_tables import MAX_ALPHABET, PRECISION, TOTAL, Tables
 
-__all__ = ["decode_streams", "encode_streams"]
+__all__ = ["decode_lanes", "decode_streams", "encode_streams"]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -125,7 +125,7 @@ def _encode(
     _output(types.uint32),
     _input(types.uint16),
 )
-def _decode(
+def decode_lanes(
     symbols: Bytes,
     columns: NDArray[np.uint32],
     period: int,
@@ -185,7 +185,7 @@ def decode_streams(streams: Sequence[Stream], coded: Sequence[Coded], tables: Ta
         states = source.states.astype(np.uint32)
         words = np.zeros(source.words.size + stream.lanes, np.uint16)
         words[: source.words.size] = source.words
-        used = _decode(
+        used = decode_lanes(
             stream.symbols,
             stream.columns,
             stream.period,

@@ -12,7 +12,6 @@ left inverse that is best in the metric M, of which each layer has a block:
 y = (D' M D)^-1 D' M x. It is the encoder's affair, and computed when first needed.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -98,8 +97,8 @@ class Transform(Protocol):
         """Transforms that take turns in the coefficients."""
         ...
 
-    def join(self, y: Sequence[Float]) -> Float:
-        """The first coefficients of each part, [n, a], to rows [n, width]; the others are 0."""
+    def join(self, y: Float) -> Float:
+        """The first coefficients of each part, [parts, n, a], to rows [n, width]."""
         ...
 
     def back(self, y: Float) -> Float:
@@ -156,7 +155,7 @@ class MatrixTransform:
         """See `Transform`."""
         return 1
 
-    def join(self, y: Sequence[Float]) -> Float:
+    def join(self, y: Float) -> Float:
         """See `Transform`."""
         return self.back(y[0])
 
@@ -170,7 +169,7 @@ class HeadsTransform:
     """One matrix a head. Coefficient j of all heads comes before coefficient j + 1 of any.
 
     Attributes:
-        heads: a transform for each head, of equal width.
+        heads: a transform for each head, of equal width and rank.
     """
 
     heads: tuple[MatrixTransform, ...]
@@ -206,21 +205,25 @@ class HeadsTransform:
 
     def back(self, y: Float) -> Float:
         """See `Transform`."""
-        return self.join([np.ascontiguousarray(y[:, h :: self.parts]) for h in range(self.parts)])
+        missing = -y.shape[1] % self.parts
+        whole = np.pad(y, ((0, 0), (0, missing))) if missing else y
+        return self.join(whole.reshape(len(y), -1, self.parts).transpose(2, 0, 1))
 
     @property
     def parts(self) -> int:
         """See `Transform`."""
         return len(self.heads)
 
-    def join(self, y: Sequence[Float]) -> Float:
+    @cached_property
+    def _decode_rows(self) -> Float:
+        return np.stack([head.decode_rows for head in self.heads])
+
+    def join(self, y: Float) -> Float:
         """See `Transform`."""
-        width = self.heads[0].decode.shape[0]
-        out = np.empty((len(y[0]), width * self.parts), np.float32)
-        for h, (head, mine) in enumerate(zip(self.heads, y, strict=True)):
-            rows = head.decode_rows[: mine.shape[1]]
-            np.matmul(mine, rows, out=out[:, h * width : (h + 1) * width])
-        return out
+        rows = self._decode_rows[:, : y.shape[2]]
+        out = np.empty((y.shape[1], self.parts, rows.shape[2]), np.float32)
+        np.matmul(y, rows, out=out.transpose(1, 0, 2))
+        return out.reshape(len(out), -1)
 
 
 class Profile:
