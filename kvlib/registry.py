@@ -14,7 +14,7 @@ import importlib
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from importlib.metadata import entry_points
 from threading import RLock
@@ -214,8 +214,16 @@ class Registry(Generic[T]):
                     )
             return self._loaded[name]
 
-    def build(self, method: "str | MethodCall") -> T:
+    def build(
+        self,
+        method: "str | MethodCall",
+        pick: Callable[[type[T]], type[T]] = lambda registered: registered,
+    ) -> T:
         """Make the plug-in that `method` (``name:key=value,...``) describes.
+
+        Args:
+            method: text, or what it was parsed to.
+            pick: the class to make, given the registered one: an earlier version of it, say.
 
         Raises:
             UnknownPluginError: unknown name.
@@ -223,7 +231,7 @@ class Registry(Generic[T]):
                 refuses.
         """
         call = _parse_call(method, method) if isinstance(method, str) else method
-        cls = self.get(call.name)
+        cls = pick(self.get(call.name))
         if not is_dataclass(cls):
             raise ConfigError(
                 f"{self._singular} {call.name!r} is not a dataclass; its parameters cannot be read"

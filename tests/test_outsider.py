@@ -359,7 +359,8 @@ class Resealed:
 
 NUMBERS = [0, 1, 2, 3, 4, 5, 6, 7, 8, 16, 17, 32, 64, 65, 255, 2**15, 2**16 - 1, 2**31, 2**32 - 1]
 FIELD_BITS = [0, 16, 16, 32, 64, 0, 0, 64, 32, 32, 32, 16, 8, 8]
-VALUES = [b"", b"\0\0\1\0", b"exact@1", b"int4@1:group=04", b"int8@1:group=16", b"\xff", b"p"]
+VALUES = [b"", b"\0\0\1\0", b"exact@1", b"exact@2", b"int4@1:group=04", b"int8@1:group=16", b"p"]
+VALUES += [b"\xff"]
 
 
 def mutate(rng: random.Random, it: Resealed) -> None:

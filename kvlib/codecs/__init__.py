@@ -71,22 +71,29 @@ def build_codec(method: str | MethodCall) -> "Codec":
 def codec_from_canonical(text: str) -> "Codec":
     """The codec that a canonical string (``int4@1:group=32``, as in headers) stands for.
 
+    A class reads the versions before its own with the classes in its `older`; see `Codec`.
+
     Raises:
         IncompatibleDataError: this kvlib does not know that codec, version or parameter.
     """
-    from kvlib.codecs.base import describe_codec
+    from kvlib.codecs.base import describe_codec, older_versions
 
     name, at, rest = text.partition("@")
     version, colon, params = rest.partition(":")
+
+    def pick(newest: "type[Codec]") -> "type[Codec]":
+        return {str(n): cls for n, cls in older_versions(newest).items()}.get(version, newest)
+
     try:
-        codec = CODECS.build(f"{name}{colon}{params}")
+        codec = CODECS.build(f"{name}{colon}{params}", pick)
     except (UnknownPluginError, ValueError) as exc:
         raise IncompatibleDataError(
             f"the container was written by codec {text!r:.120}: {exc}"
         ) from exc
-    if not at or version != str(codec.version) or describe_codec(codec) != text:
+    if not at or describe_codec(codec) != text:
+        older = "".join(f", and reads version {n}" for n in older_versions(type(codec)))
         raise IncompatibleDataError(
             f"the container was written by codec {text!r:.120}; this kvlib has "
-            f"{describe_codec(codec)!r}"
+            f"{describe_codec(codec)!r}{older}"
         )
     return codec

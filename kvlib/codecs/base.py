@@ -5,7 +5,7 @@ Everything else in a container (header, positions, weights, channel lists, row l
 is the same for all codecs; see `kvlib.codecs.pack`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -34,6 +34,7 @@ __all__ = [
     "MatrixCodec",
     "codec_fingerprint",
     "describe_codec",
+    "older_versions",
     "raw_section",
     "raw_view",
     "read_raw",
@@ -86,6 +87,9 @@ class Codec(Protocol):
             decode forever.
         status: "stable" or "experimental".
         lossless: whether decoding gives the encoded bits back.
+
+    A class whose version is not the first has an attribute `older`, the classes of the versions
+    before (`older_versions`): what a canonical string of theirs is read with.
     """
 
     name: ClassVar[str]
@@ -166,6 +170,11 @@ class MatrixCodec:
             for kind, out in ((SectionKind.KEYS, layer.keys), (SectionKind.VALUES, layer.values)):
                 if not read_raw(container, kind, layer.layer_idx, out) and out.numel():
                     self.decode_matrix(container.read(kind, layer.layer_idx)[1], out)
+
+
+def older_versions(codec: "type[Codec]") -> "Mapping[int, type[Codec]]":
+    """The classes of a codec's earlier versions, by version; none of a codec that has but one."""
+    return getattr(codec, "older", {})
 
 
 def raw_section(kind: SectionKind, layer_idx: int, x: Tensor) -> Section:

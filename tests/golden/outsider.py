@@ -369,7 +369,12 @@ def from_float32(x, dtype):
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2").tobytes()
 
 
-def decode_exact(data, rows, width, dtype):
+LOSSLESS = ("exact@1", "exact@2")
+ROWS, COLUMNS, AS_IS = "rows", "columns", "as it is"
+
+
+def decode_exact(data, rows, width, dtype, forms):
+    """`forms`: what the high bits of a plane's word mean, one bit or two of them."""
     import numpy as np
     import zstandard
 
@@ -379,11 +384,12 @@ def decode_exact(data, rows, width, dtype):
     out = np.empty((count, itemsize), np.uint8)
     at = 4 * itemsize
     for plane, word in enumerate(struct.unpack_from(f"<{itemsize}I", data)):
-        size = word & 0x7FFFFFFF
+        code, size = divmod(word, 1 << (31 if len(forms) == 2 else 30))
+        need(code in forms, "a plane of no form")
         need(size <= len(data) - at, "a plane is cut off")
         stored = data[at : at + size]
         at += size
-        if not word >> 31:
+        if forms[code] != AS_IS:
             need(stored[:4] == b"\x28\xb5\x2f\xfd", "not a zstandard frame")
             try:
                 frame = zstandard.get_frame_parameters(stored)
@@ -393,6 +399,8 @@ def decode_exact(data, rows, width, dtype):
             except zstandard.ZstdError as exc:
                 raise Damaged("a plane does not decompress") from exc
         need(len(stored) == count, "a plane of another size")
+        if forms[code] == COLUMNS:
+            stored = bytes(stored[c * rows + r] for r in range(rows) for c in range(width))
         out[:, plane] = np.frombuffer(stored, np.uint8)
     need(at == len(data), "bytes follow the last plane")
     return out.tobytes()
@@ -451,7 +459,9 @@ def decode_tensor(section, data, codec, layer_idx, lengths, width, dtype):
     if not size:
         return b""
     if codec == "exact@1":
-        return decode_exact(data, rows, width, dtype)
+        return decode_exact(data, rows, width, dtype, {0: ROWS, 1: AS_IS})
+    if codec == "exact@2":
+        return decode_exact(data, rows, width, dtype, {0: ROWS, 1: COLUMNS, 2: AS_IS})
     name, _, group = codec.partition("@1:group=")
     need(dtype in ("float32", "float16", "bfloat16"), f"{name} does not hold {dtype}", Foreign)
     if codec.startswith("kvlc@1:"):
@@ -475,7 +485,7 @@ def known_codec(text):
         return 2 <= int(match[1]) <= 1024
     if text.startswith("kvlc@1:"):
         return transform().known(text) is not None
-    return text == "exact@1" or fixed_rate().known(text) is not None
+    return text in LOSSLESS or fixed_rate().known(text) is not None
 
 
 def decode(data, spec=None, mac_key=None, limit=4 << 30):
@@ -497,7 +507,7 @@ def decode(data, spec=None, mac_key=None, limit=4 << 30):
     need(header["flags"] & CODEC_FLAGS == flags, "flags of the codec", Foreign)
     need(header["profile"] == profile, "another profile", Foreign)
     need(header["head_range"] is None or not flags & MIXES_HEADS_FLAG, "a range of mixed heads")
-    lossless = header["codec"] == "exact@1"
+    lossless = header["codec"] in LOSSLESS
     need(bool(header["flags"] & LOSSLESS_FLAG) == lossless, "flag LOSSLESS")
     layers = [decode_layer(data, header, layer) for layer in header["layers"]]
     if transformed:

@@ -26,7 +26,15 @@ from torch import Tensor
 
 from kvlib.artefacts import model_identity, save_artefact
 from kvlib.blocks import KVBlock, LayerKV
-from kvlib.codecs import build_codec, decode_block, encode_block, pack, rans
+from kvlib.codecs import (
+    build_codec,
+    codec_from_canonical,
+    decode_block,
+    encode_block,
+    pack,
+    rans,
+)
+from kvlib.codecs.base import Codec
 from kvlib.codecs.container import (
     Flag,
     LayerShape,
@@ -321,8 +329,16 @@ def encode_case(case: Json) -> bytes:
         return _encode_sections(case, common)
     with mock.patch.object(pack, "_version", return_value=WRITER), known_profiles():
         state = encode_state(state_of(case)) if "state" in case else None
-        codec = build_codec(case["method"])
-        return b"".join(encode_block(block_of(case), codec, state=state, **common))
+        return b"".join(encode_block(block_of(case), codec_of(case), state=state, **common))
+
+
+def codec_of(case: Json) -> Codec:
+    """A method, or a canonical string where it is one of several versions.
+
+    "exact" is the version of the day on which its cases were made: the first.
+    """
+    method = "exact@1" if case["method"] == "exact" else case["method"]
+    return codec_from_canonical(method) if "@" in method else build_codec(method)
 
 
 def known_profiles() -> Any:
@@ -386,7 +402,8 @@ def finished(case: Json) -> tuple[bytes, Json]:
     data = encode_case(case)
     header = parse_header(data, mac_key=mac_key_of(case))
     out = {**case, "bytes": len(data), "sha256": sha256(data).hexdigest()}
-    packed = case["method"] == "exact" and any(
+    lossless = case["method"].startswith("exact")
+    packed = lossless and any(
         s.kind in (SectionKind.KEYS, SectionKind.VALUES) and not s.flags & SectionFlag.RAW
         for s in header.sections
     )
@@ -394,7 +411,7 @@ def finished(case: Json) -> tuple[bytes, Json]:
     out["header"] = plain_header(header)
     if "tolerance" in case:
         out["integers"] = outsider.decode(data, case["spec"], mac_key_of(case))[0]["integers"]
-    if "sections" not in case and case["method"] != "exact":
+    if "sections" not in case and not lossless:
         block = decode_case(data, case)
         out["layers"] = [
             {**plain, "decoded": {"keys": hex_of(x.keys), "values": hex_of(x.values)}}
@@ -468,6 +485,39 @@ def compressed() -> Json:
         num_tokens=64,
         keys=chain(owner, tokens),
     )
+
+
+def columns() -> Json:
+    """Signs and sizes of keys that last in a channel, and values that come back row by row."""
+    rng = _RNG(30)
+    owner = spec("golden", "bfloat16", [layer(2, 8, 8, rope=rope(1e4, 8))])
+    about = [[(rng.gauss(0, 2), rng.uniform(0.1, 2)) for _ in range(8)] for _ in range(2)]
+    keys = [[[rng.gauss(*c) for c in head] for _ in range(64)] for head in about]
+    words = [[rng.gauss(0, 1) for _ in range(16)] for _ in range(9)]
+    tokens = [rng.choice(words) for _ in range(64)]
+    values = [[word[8 * head :][:8] for word in tokens] for head in range(2)]
+    packed = [hex_of(torch.tensor(x, dtype=torch.float64).bfloat16()) for x in (keys, values)]
+    return case(
+        "exact@2: exponents of keys column after column, both planes of values row after row",
+        "exact@2",
+        owner,
+        [kv(0, 2, *packed)],
+        num_tokens=64,
+    )
+
+
+def columns_float32() -> Json:
+    """Four planes: raw ones, one of zeros, and one of columns; heads of different length."""
+    rng = _RNG(31)
+    owner = spec("golden", "float32", [layer(2, 6, 5)])
+    lengths = [21, 12]
+    size = [abs(rng.gauss(0, 1)) * 4 ** rng.randrange(-6, 7) for _ in range(6)]
+    keys = [[rng.gauss(s, s / 4) for s in size] for _ in range(sum(lengths))]
+    values = [[2.0 ** rng.choice((-2, 1)) for _ in range(5)] for _ in range(sum(lengths))]
+    keys, values = (hex_of(torch.tensor(x, dtype=torch.float32)) for x in (keys, values))
+    positions = [*range(21), *range(0, 24, 2)]
+    layers = [kv(0, 2, keys, values, positions=positions, row_lengths=lengths)]
+    return case("exact@2: float32, ragged", "exact@2", owner, layers, num_tokens=24)
 
 
 def record() -> Json:
@@ -844,6 +894,8 @@ CASES = {
     "exact-head-range": head_range,
     "exact-empty": empty,
     "exact-snapshot": snapshot,
+    "exact2-bfloat16": columns,
+    "exact2-float32": columns_float32,
     "int8-float32": lambda: integer("int8:group=4", "float32", 7, 4),
     "int8-bfloat16": lambda: integer("int8:group=64", "bfloat16", 16, 12),
     "int8-edges": integer_edges,

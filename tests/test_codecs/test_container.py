@@ -428,7 +428,7 @@ def test_what_the_header_says_about_a_block():
     assert lossless.flags == Flag.LOSSLESS
     assert lossless.fidelity == "int8@1:group=64"
     assert lossless.storage_fingerprint == storage_fingerprint(
-        block.spec, "exact@1", fidelity="int8@1:group=64"
+        block.spec, "exact@2", fidelity="int8@1:group=64"
     )
 
 
@@ -570,11 +570,11 @@ def test_no_memory_is_a_capacity_error():
 def test_canonical_strings():
     """A header's codec must be known, of this version, with every parameter in normal form."""
     assert codec_from_canonical("int4@1:group=16") == build_codec("int4:group=16")
-    assert codec_from_canonical("exact@1") == EXACT
+    assert codec_from_canonical("exact@2") == EXACT
     for text in (
-        "", "@", "exact", "exact@", "exact@0", "exact@2", "exact@1:", "exact@1:x=1", "int4@1",
+        "", "@", "exact", "exact@", "exact@0", "exact@3", "exact@2:", "exact@1:x=1", "int4@1",
         "int4@1:group=016", "int4@1: group=16", "int4@1:group=1", "int4@1:group=x", "nothing@1",
-        "int4:group=16@1", "exact@1|exact", "exact@1;", "exact@1\n",
+        "int4:group=16@1", "exact@2|exact", "exact@2;", "exact@1\n", "exact@01", "int4@0:group=16",
     ):  # fmt: skip
         with pytest.raises(IncompatibleDataError, match="written by codec"):
             codec_from_canonical(text)

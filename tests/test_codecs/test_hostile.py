@@ -515,7 +515,7 @@ def test_contradicting_headers():
         Surgery(data).set(spec=bytes(32)),
         Surgery(data).tag(0x8004, b"profile"),
         Surgery(data).tag(0x8007, b""),
-        Surgery(data).tag(0x8001, b"exact@2"),
+        Surgery(data).tag(0x8001, b"exact@3"),
         Surgery(data).tag(0x8001, b"exact"),
         Surgery(data).tag(0x8001, b"nothing@1"),
         Surgery(data).tag(0x8001, b"int4@1"),
