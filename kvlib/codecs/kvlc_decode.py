@@ -44,6 +44,8 @@ from kvlib.spec import RopeSpec
 
 __all__ = ["decode_layers"]
 
+_NOTHING: Int = np.empty(0, np.int64)
+
 
 @dataclass(frozen=True, slots=True)
 class _Job:
@@ -175,9 +177,11 @@ def _parse(
     total = sum(len(piece.positions) for piece in pieces)
     if num_explicit > total:
         raise CorruptDataError(f"{num_explicit} exempt entries of {total}")
-    listed = cursor.array(U32, num_explicit).astype(np.int64)
-    if num_explicit and (int(listed[-1]) >= total or bool((np.diff(listed) <= 0).any())):
-        raise CorruptDataError("the list of exempt entries is malformed")
+    listed = _NOTHING
+    if num_explicit:
+        listed = cursor.array(U32, num_explicit).astype(np.int64)
+        if int(listed[-1]) >= total or bool((np.diff(listed) <= 0).any()):
+            raise CorruptDataError("the list of exempt entries is malformed")
     places = []
     first = 0
     for piece, width in zip(pieces, widths, strict=True):

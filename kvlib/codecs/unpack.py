@@ -4,6 +4,7 @@
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Executor, wait
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import torch
@@ -246,7 +247,7 @@ def _check_claims(
     container: Container, shape: LayerShape, rows: _Rows, k_width: int, itemsize: int
 ) -> None:
     """Compare what the shape needs with what the section table claims, before allocating either."""
-    entries = int(np.prod(rows.lead, dtype=object))
+    entries = prod(rows.lead)
     for kind, width in ((SectionKind.KEYS, k_width), (SectionKind.VALUES, shape.v_head_dim)):
         info = container.find(kind, shape.layer_idx)
         if info is None:
@@ -294,7 +295,7 @@ def _decode_rows(container: Container, shape: LayerShape) -> _Rows:
                     f"layer {shape.layer_idx}: positions do not divide over {heads} heads"
                 )
         lead = (heads, per_head)
-    entries = int(np.prod(lead, dtype=object))
+    entries = prod(lead)
     given = read(SectionKind.POSITIONS, "<i4", entries)
     positions: range | Tensor
     if given is not None:
