@@ -24,7 +24,8 @@ from kvlib.artefacts import Artefact, model_identity, save_artefact
 from kvlib.blocks import KVBlock
 from kvlib.calibration.documents import sample_documents
 from kvlib.codecs.cachegen import CacheGenCodec
-from kvlib.codecs.cachegen_lines import Floats, tokens_of
+from kvlib.codecs.cachegen_kernels import Floats
+from kvlib.codecs.cachegen_lines import tokens_of
 from kvlib.codecs.cachegen_profile import (
     ESCAPE,
     FACTORS,
@@ -198,7 +199,7 @@ def _matrices(block: KVBlock, layers: Sequence[int]) -> Iterable[tuple[int, int,
     for layer in block.layers:
         for kind, x in enumerate((layer.keys, layer.values)):
             if x.numel():
-                yield layers.index(layer.layer_idx), kind, tokens_of(x, 0, x.shape[1])
+                yield layers.index(layer.layer_idx), kind, tokens_of(x)
 
 
 def _deltas(x: Floats) -> Iterable[Floats]:

@@ -32,17 +32,18 @@ what the dtype can hold, are stored raw, as are those that would not become smal
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from kvlib.blocks import KVBlock, LayerKV
 from kvlib.codecs.base import CodecCaps, raw_section, read_raw, unsupported_dtype
-from kvlib.codecs.cachegen_lines import Floats, Plane, Reader, planes, raw_tokens, store, tokens_of
-from kvlib.codecs.cachegen_lmcache import LMCacheCoder, num_levels
+from kvlib.codecs.cachegen_kernels import kernels
+from kvlib.codecs.cachegen_lines import Chunk, Reader, batches, planes, raw_tokens
+from kvlib.codecs.cachegen_lmcache import LMCacheCoder
 from kvlib.codecs.cachegen_paper import PaperCoder
-from kvlib.codecs.cachegen_profile import Profile, find_profile, kept_layers, load_profile
+from kvlib.codecs.cachegen_profile import Profile, find_profile, load_profile
 from kvlib.codecs.container import Buffer, Container, Section, SectionKind
 from kvlib.errors import ConfigError, CorruptDataError, UnsupportedInputError
 from kvlib.registry import PLACE
@@ -51,20 +52,34 @@ from kvlib.spec import KVSpec
 __all__ = ["CacheGenCodec", "ChunkCoder"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_KINDS = (SectionKind.KEYS, SectionKind.VALUES)
 _VARIANTS = ("paper", "lmcache")
 _MAX_CHUNK = 1 << 15
 _DEFAULT_LEVEL = 0.5
+_BATCH = 1 << 24  # numbers of layers that are coded together; a layer may have more
 
 
 class ChunkCoder(Protocol):
-    """How one variant codes a chunk of some channels of a layer's keys or values."""
+    """How a variant codes chunks; it gets many at once, which is faster than one by one."""
 
-    def encode(self, x: Floats, dtype: torch.dtype) -> list[Buffer] | None:
-        """Parts of a matrix [n, C] of finite numbers of that dtype; None if it must stay raw."""
+    def draft(self, chunk: Chunk) -> Any:
+        """A chunk before its symbols are coded; None if it must stay raw."""
         ...
 
-    def decode(self, reader: Reader, out: Floats, dtype: torch.dtype) -> None:
-        """Fill `out` [n, C].
+    def write(self, drafts: Sequence[Any]) -> list[list[Buffer]]:
+        """The parts of each chunk."""
+        ...
+
+    def parse(self, chunk: Chunk, reader: Reader) -> Any:
+        """Read a chunk before its symbols are decoded.
+
+        Raises:
+            CorruptDataError: no encoder writes this.
+        """
+        ...
+
+    def finish(self, packed: Sequence[Any]) -> None:
+        """Fill the chunks.
 
         Raises:
             CorruptDataError: no encoder writes such parts.
@@ -154,91 +169,115 @@ class CacheGenCodec:
     def encode(self, block: KVBlock) -> list[Section]:
         """See `Codec.encode`."""
         self.caps(block.spec)
+        coder = self._coder(block.spec)
         sections = []
-        for layer in block.layers:
-            full = block.spec.layers[layer.layer_idx].num_kv_heads
-            if layer.num_kv_heads != full:
-                raise UnsupportedInputError(
-                    f"cachegen codes all heads of a layer together; layer {layer.layer_idx} holds "
-                    f"{layer.num_kv_heads} of {full}: use a codec that codes each head by itself"
-                )
-            for kind, name in enumerate((SectionKind.KEYS, SectionKind.VALUES)):
-                x = (layer.keys, layer.values)[kind]
-                if x.dtype not in _DTYPES:
-                    raise unsupported_dtype(self.name, x, _DTYPES)
-                raw_bytes = x.numel() * x.element_size()
-                parts = self._encode_one(block.spec, layer, kind) if raw_bytes else None
-                if parts is None or sum(memoryview(p).nbytes for p in parts) >= raw_bytes:
-                    sections.append(
-                        raw_section(name, layer.layer_idx, x.detach().to("cpu").contiguous())
-                    )
-                else:
-                    sections.append(Section(name, layer.layer_idx, raw_bytes, tuple(parts)))
+        for layers in batches(block.layers, [_numbers(x) for x in block.layers], _BATCH):
+            every = [(layer, kind) for layer in layers for kind in range(len(_KINDS))]
+            found = [self._draft(coder, block.spec, layer, kind) for layer, kind in every]
+            drafts = [p for pieces in found for p in pieces or () if not isinstance(p, bytes)]
+            written = iter(coder.write(drafts))
+            for (layer, kind), pieces in zip(every, found, strict=True):
+                parts: list[Buffer] | None = None
+                if pieces is not None:
+                    parts = []
+                    for p in pieces:
+                        parts += [p] if isinstance(p, bytes) else next(written)
+                sections.append(_section(layer, kind, parts))
         return sections
 
-    def _encode_one(self, spec: KVSpec, layer: LayerKV, kind: int) -> list[Buffer] | None:
-        parts: list[Buffer] = []
-        for plane in self._planes(spec, layer, kind):
-            x = plane.x.detach().to("cpu")
-            limit = torch.finfo(x.dtype).max / 2
-            coder = self._coder(spec, layer.layer_idx, kind, plane)
-            if plane.exact:
-                parts.append(raw_tokens(x[:, : plane.exact]))
-            for first, last in self._chunks(plane):
-                values = tokens_of(x, first, last)
-                if not max(values.max(), -values.min()) <= limit:  # false for NaN as well
+    def _draft(
+        self, coder: ChunkCoder, spec: KVSpec, layer: LayerKV, kind: int
+    ) -> list[Any] | None:
+        """A section's exact entries, as bytes, and chunks, as drafts; None if it must stay raw."""
+        full = spec.layers[layer.layer_idx].num_kv_heads
+        if layer.num_kv_heads != full:
+            raise UnsupportedInputError(
+                f"cachegen codes all heads of a layer together; layer {layer.layer_idx} holds "
+                f"{layer.num_kv_heads} of {full}: use a codec that codes each head by itself"
+            )
+        x = _tensor(layer, kind)
+        if x.dtype not in _DTYPES:
+            raise unsupported_dtype(self.name, x, _DTYPES)
+        pieces: list[Any] = []
+        for plane, exact in self._planes(spec, layer, kind):
+            here = plane._replace(x=plane.x.detach().to("cpu"))
+            if exact:
+                pieces.append(raw_tokens(here.x[:, :exact]))
+            for chunk in self._chunks(here, exact):
+                draft = coder.draft(chunk)
+                if draft is None:
                     return None
-                coded = coder.encode(values, x.dtype)
-                if coded is None:
-                    return None
-                parts += coded
-        return parts
+                pieces.append(draft)
+        return pieces
 
     def decode(self, container: Container, spec: KVSpec, layers: Sequence[LayerKV]) -> None:
         """See `Codec.decode`."""
-        for layer in layers:
-            for kind, name in enumerate((SectionKind.KEYS, SectionKind.VALUES)):
-                x = (layer.keys, layer.values)[kind]
-                if read_raw(container, name, layer.layer_idx, x) or not x.numel():
-                    continue
-                if x.dtype not in _DTYPES:
-                    raise unsupported_dtype(self.name, x, _DTYPES)
-                if layer.num_kv_heads != spec.layers[layer.layer_idx].num_kv_heads:
-                    raise CorruptDataError(
-                        f"layer {layer.layer_idx}: {layer.num_kv_heads} heads of cachegen, which "
-                        "codes all heads of a layer together"
-                    )
-                reader = Reader(container.read(name, layer.layer_idx)[1])
-                for plane in self._planes(spec, layer, kind):
-                    if plane.exact:
-                        reader.raw_tokens(plane.x[:, : plane.exact])
-                    self._decode_plane(spec, layer.layer_idx, kind, plane, reader)
-                reader.end()
+        coder = self._coder(spec)
+        for some in batches(layers, [_numbers(x) for x in layers], _BATCH):
+            packed: list[Any] = []
+            for layer in some:
+                for kind in range(len(_KINDS)):
+                    self._parse(coder, container, spec, layer, kind, packed)
+            coder.finish(packed)
 
-    def _decode_plane(
-        self, spec: KVSpec, layer_idx: int, kind: int, plane: Plane, reader: Reader
+    def _parse(
+        self,
+        coder: ChunkCoder,
+        container: Container,
+        spec: KVSpec,
+        layer: LayerKV,
+        kind: int,
+        packed: list[Any],
     ) -> None:
-        coder = self._coder(spec, layer_idx, kind, plane)
-        for first, last in self._chunks(plane):
-            values = np.empty((last - first, len(plane.channels)), np.float32)
-            coder.decode(reader, values, plane.x.dtype)
-            store(plane.x, first, values)
+        """Fill what is stored as it is, and put the other chunks of a section into `packed`."""
+        x = _tensor(layer, kind)
+        if read_raw(container, _KINDS[kind], layer.layer_idx, x) or not x.numel():
+            return
+        if x.dtype not in _DTYPES:
+            raise unsupported_dtype(self.name, x, _DTYPES)
+        if layer.num_kv_heads != spec.layers[layer.layer_idx].num_kv_heads:
+            raise CorruptDataError(
+                f"layer {layer.layer_idx}: {layer.num_kv_heads} heads of cachegen, which "
+                "codes all heads of a layer together"
+            )
+        reader = Reader(container.read(_KINDS[kind], layer.layer_idx)[1])
+        for plane, exact in self._planes(spec, layer, kind):
+            if exact:
+                reader.raw_tokens(plane.x[:, :exact])
+            packed += [coder.parse(chunk, reader) for chunk in self._chunks(plane, exact)]
+        reader.end()
 
-    def _planes(self, spec: KVSpec, layer: LayerKV, kind: int) -> Iterator[Plane]:
-        """Those that have entries."""
+    def _planes(self, spec: KVSpec, layer: LayerKV, kind: int) -> Iterator[tuple[Chunk, int]]:
         want = spec.layers[layer.layer_idx]
-        head_dim = (want.k_head_dim, want.v_head_dim)[kind]
-        return (p for p in planes(layer, kind, self.sinks, head_dim) if p.x.numel())
+        return planes(layer, kind, self.sinks, (want.k_head_dim, want.v_head_dim)[kind])
 
-    def _chunks(self, plane: Plane) -> Iterator[tuple[int, int]]:
+    def _chunks(self, plane: Chunk, exact: int) -> Iterator[Chunk]:
         num = plane.x.shape[1]
-        for first in range(plane.exact, num, self.chunk):
-            yield first, min(first + self.chunk, num)
+        if not exact and num <= self.chunk:
+            yield plane
+            return
+        for first in range(exact, num, self.chunk):
+            yield plane.cut(first, min(first + self.chunk, num))
 
-    def _coder(self, spec: KVSpec, layer_idx: int, kind: int, plane: Plane) -> ChunkCoder:
+    def _coder(self, spec: KVSpec) -> ChunkCoder:
         if self.variant == "lmcache":
-            kept = kept_layers(spec)
-            return LMCacheCoder(num_levels(kept.index(layer_idx), len(kept), kind))
+            return LMCacheCoder(spec, kernels())
         assert self.level is not None  # noqa: S101 (the paper's variant has one)
-        tables = self._known().tables(layer_idx, kind, self.level)
-        return PaperCoder(tables.of(plane.channels))
+        return PaperCoder(self._known(), self.level, kernels())
+
+
+def _tensor(layer: LayerKV, kind: int) -> Tensor:
+    return (layer.keys, layer.values)[kind]
+
+
+def _numbers(layer: LayerKV) -> int:
+    return layer.keys.numel() + layer.values.numel()
+
+
+def _section(layer: LayerKV, kind: int, parts: list[Buffer] | None) -> Section:
+    """A section of coded parts, or a raw one where that is smaller."""
+    x = _tensor(layer, kind)
+    raw_bytes = x.numel() * x.element_size()
+    if parts is None or sum(memoryview(p).nbytes for p in parts) >= raw_bytes:
+        return raw_section(_KINDS[kind], layer.layer_idx, x.detach().to("cpu").contiguous())
+    return Section(_KINDS[kind], layer.layer_idx, raw_bytes, tuple(parts))

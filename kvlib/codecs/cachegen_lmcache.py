@@ -17,26 +17,24 @@ The frequency of a code with count k is max(1, floor(4096 k / n)), 0 for those t
 the most frequent (of these the lowest) gets what is missing to 4096, or loses what is too much.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from kvlib.codecs import rans
-from kvlib.codecs.cachegen_lines import Floats, Reader, coded_parts, floats_of
+from kvlib.codecs.cachegen_kernels import ENTRIES, PIECE, Kernels, Levels
+from kvlib.codecs.cachegen_lines import Chunk, Reader, batches, coded_parts, floats_of
+from kvlib.codecs.cachegen_profile import MAX_ROWS, kept_layers
 from kvlib.codecs.container import Buffer
-from kvlib.codecs.rans import Bytes, Tables
-from kvlib.codecs.rans_tables import TOTAL
+from kvlib.codecs.rans import MAX_LANES, Bytes, Coded, Stream, Tables
 from kvlib.errors import CorruptDataError
+from kvlib.spec import KVSpec
 
-__all__ = ["ENTRIES", "LMCacheCoder", "frequencies_of", "num_levels"]
+__all__ = ["LMCacheCoder", "num_levels"]
 
-ENTRIES = 33
-"""Numbers of a stored distribution: as many as 32 bins need, also for 16."""
-_CODES = ENTRIES - 1
-_PIECE = 256  # tokens of a stream
 _FEW_LAYERS = 10
 _FINE = (10, 2)  # so many first layers of keys and of values have 32 bins
 
@@ -53,82 +51,113 @@ def num_levels(place: int, num_layers: int, kind: int) -> int:
     return bins // 2 - 1
 
 
-def frequencies_of(counts: NDArray[np.integer[Any]], n: int) -> NDArray[np.uint16]:
-    """What counts [C, K] of n tokens are coded with; each row adds up to 4096."""
-    wide = counts.astype(np.int64)
-    out = np.where(wide > 0, np.maximum(wide * TOTAL // n, 1), 0)
-    rows = np.arange(len(out))
-    out[rows, wide.argmax(1)] += TOTAL - out.sum(1)
-    return out.astype(np.uint16)
+class Draft(NamedTuple):
+    """A chunk before its codes are coded; `below` are the counts as they are stored."""
+
+    levels: Levels
+    below: NDArray[np.uint16]
+    dtype: torch.dtype
 
 
-@dataclass(frozen=True, slots=True)
-class LMCacheCoder:
-    """Codes chunks of some channels of a layer's keys or values.
+class Packed(NamedTuple):
+    """A chunk before its codes are decoded: room for these, and their streams."""
 
-    Attributes:
-        half: M; codes are 0..2M.
-    """
-
+    chunk: Chunk
     half: int
+    levels: Levels
+    frequencies: NDArray[np.uint16]
+    coded: list[Coded]
 
-    def encode(self, x: Floats, dtype: torch.dtype) -> list[Buffer] | None:
-        """See `kvlib.codecs.cachegen.ChunkCoder`."""
-        n, channels = x.shape
-        half = np.float32(self.half)
-        peaks = np.maximum(x.max(1), -x.min(1)) + np.float32(0)  # no -0
-        y = x / np.where(peaks > 0, peaks, np.float32(1))[:, None]
-        y *= half
-        y += half
-        codes = np.rint(y, out=y).astype(np.uint8)
-        places = codes + np.arange(0, _CODES * channels, _CODES)
-        counts = np.bincount(places.reshape(-1), minlength=_CODES * channels)
-        counts = counts.reshape(channels, _CODES)
-        cumulative = np.zeros((channels, ENTRIES), "<u2")
-        cumulative[:, 1:] = counts.cumsum(1)
-        tables = Tables(frequencies_of(counts, n))
-        pieces = [codes[i : i + _PIECE] for i in range(0, n, _PIECE)]
-        rows = np.arange(channels)
-        parts: list[Buffer] = [floats_of(peaks, dtype), cumulative.tobytes()]
-        for piece, coded in zip(
-            pieces, rans.encode(pieces, [rows] * len(pieces), tables), strict=True
-        ):
-            words = coded.words.size.to_bytes(4, "little")
-            parts += [_checks(piece).astype("<u4").tobytes(), words, *coded_parts(coded)]
-        return parts
 
-    def decode(self, reader: Reader, out: Floats, dtype: torch.dtype) -> None:
+class LMCacheCoder:
+    """See `kvlib.codecs.cachegen.ChunkCoder`."""
+
+    def __init__(self, spec: KVSpec, kernel: Kernels) -> None:
+        self._kept = kept_layers(spec)
+        self._kernel = kernel
+
+    def _half(self, chunk: Chunk) -> int:
+        return num_levels(self._kept.index(chunk.layer_idx), len(self._kept), chunk.kind)
+
+    def draft(self, chunk: Chunk) -> Draft | None:
         """See `kvlib.codecs.cachegen.ChunkCoder`."""
-        n, channels = out.shape
-        peaks = reader.floats(n, dtype)
-        cumulative = reader.array("<u2", channels * ENTRIES).reshape(channels, ENTRIES)
-        wide = cumulative.astype(np.int32)
-        counts = wide[:, 1:] - wide[:, :-1]
+        found = self._kernel.levels(chunk.x, self._half(chunk))
+        return found and Draft(*found, chunk.x.dtype)
+
+    def write(self, drafts: Sequence[Draft]) -> list[list[Buffer]]:
+        """See `kvlib.codecs.cachegen.ChunkCoder`."""
+        out: list[list[Buffer]] = []
+        for some in batches(drafts, [len(d.below) for d in drafts], MAX_ROWS):
+            out += self._write(some)
+        return out
+
+    def _write(self, drafts: Sequence[Draft]) -> list[list[Buffer]]:
+        tables = Tables(np.concatenate([self._kernel.frequencies(d.below) for d in drafts]))
+        matrices, rows, first = [], [], 0
+        for d in drafts:
+            mine = _pieces(d.levels.codes)
+            matrices += mine
+            rows += [np.arange(first, first + len(d.below))] * len(mine)
+            first += len(d.below)
+        coded = iter(rans.encode(matrices, rows, tables))
+        out = []
+        for d in drafts:
+            parts: list[Buffer] = [floats_of(d.levels.peaks, d.dtype)]
+            parts.append(d.below.astype("<u2").tobytes())
+            for check in d.levels.checks:
+                parts += [check.astype("<u4").tobytes(), *coded_parts(next(coded))]
+            out.append(parts)
+        return out
+
+    def parse(self, chunk: Chunk, reader: Reader) -> Packed:
+        """See `kvlib.codecs.cachegen.ChunkCoder`."""
+        n, channels = chunk.shape
+        half = self._half(chunk)
+        peaks = reader.floats(n, chunk.x.dtype)
+        below = reader.array("<u2", channels * ENTRIES).reshape(channels, ENTRIES)
+        below = below.astype(np.uint16)
         if (
-            cumulative[:, 0].any()
-            or (cumulative[:, -1] != n).any()
-            or (counts < 0).any()
-            or counts[:, 2 * self.half + 1 :].any()
+            below[:, 0].any()
+            or (below[:, 2 * half + 1 :] != n).any()
+            or (below[:, 1:] < below[:, :-1]).any()
         ):
             raise CorruptDataError(f"a stored distribution is not one of {n} tokens")
-        shapes = [(min(_PIECE, n - i), channels) for i in range(0, n, _PIECE)]
-        streams, checks = [], []
-        for rows, _ in shapes:
-            checks.append(reader.array("<u4", channels))
-            (words,) = reader.numbers(1)
-            streams.append(reader.coded(rows * channels, words))
-        tables = Tables(frequencies_of(counts, n))
-        order = [np.arange(channels)] * len(shapes)
-        pieces = rans.decode(streams, shapes, order, tables)
-        values = (np.arange(_CODES) - self.half).astype(np.float32) / np.float32(self.half)
-        for i, (codes, check) in enumerate(zip(pieces, checks, strict=True)):
-            if (_checks(codes) != check).any():
-                raise CorruptDataError("the codes of a channel do not match their check")
-            np.take(values, codes, out=out[i * _PIECE : i * _PIECE + len(codes)])
-        out *= peaks[:, None]
+        codes = np.empty((n, channels), np.uint8)
+        pieces = _pieces(codes)
+        checks = np.empty((len(pieces), channels), np.uint32)
+        coded = []
+        for check, piece in zip(checks, pieces, strict=True):
+            check[:] = reader.array("<u4", channels)
+            coded.append(reader.coded(piece.size))
+        frequencies = self._kernel.frequencies(below)
+        return Packed(chunk, half, Levels(peaks, codes, checks), frequencies, coded)
+
+    def finish(self, packed: Sequence[Packed]) -> None:
+        """See `kvlib.codecs.cachegen.ChunkCoder`."""
+        for some in batches(packed, [len(p.frequencies) for p in packed], MAX_ROWS):
+            self._decode(some)
+        for p in packed:
+            if not self._kernel.restore(p.levels, p.half, p.chunk.x):
+                raise CorruptDataError(
+                    f"layer {p.chunk.layer_idx}: the codes of a channel do not match their check"
+                )
+
+    def _decode(self, packed: Sequence[Packed]) -> None:
+        tables = Tables(np.concatenate([p.frequencies for p in packed]))
+        streams: list[Stream] = []
+        coded, first = [], 0
+        for p in packed:
+            channels = len(p.frequencies)
+            rows = np.resize(
+                np.arange(first, first + channels, dtype=np.uint32), channels + MAX_LANES
+            )
+            first += channels
+            for piece, source in zip(_pieces(p.levels.codes), p.coded, strict=True):
+                lanes = source.states.size
+                streams.append(Stream(len(streams), piece.reshape(-1), rows, channels, lanes))
+                coded.append(source)
+        self._kernel.decode(streams, coded, self._kernel.lookup(tables))
 
 
-def _checks(codes: Bytes) -> NDArray[np.uint32]:
-    number = np.arange(1, len(codes) + 1, dtype=np.uint32)
-    found: NDArray[np.uint32] = np.einsum("t,tc->c", number, codes.astype(np.uint32))
-    return found  # modulo 2^32
+def _pieces(codes: Bytes) -> list[Bytes]:
+    return [codes[i : i + PIECE] for i in range(0, len(codes), PIECE)]

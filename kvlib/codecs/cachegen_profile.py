@@ -25,8 +25,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvlib.artefacts import Artefact, find_artefact, load_artefact, model_identity
-from kvlib.codecs.rans import Tables
-from kvlib.errors import ConfigError
+from kvlib.codecs.cachegen_kernels import ESCAPE, GROUP, LARGEST, Kernels
+from kvlib.codecs.cachegen_lines import batches
+from kvlib.codecs.rans import MAX_LANES, Tables
+from kvlib.errors import ConfigError, CorruptDataError
 from kvlib.spec import KVSpec, LayerKind
 
 __all__ = [
@@ -35,9 +37,11 @@ __all__ = [
     "GROUP",
     "KINDS",
     "LARGEST",
+    "MAX_ROWS",
     "SYMBOLS",
     "ChannelTables",
     "Profile",
+    "SharedTables",
     "TableSet",
     "find_profile",
     "kept_layers",
@@ -51,14 +55,11 @@ Floats = NDArray[np.float32]
 KIND = "cachegen"
 """Of the artefact."""
 KINDS = ("keys", "values")
-GROUP = 10
-"""Tokens of a group, the first of them its anchor."""
-LARGEST = 127
-"""The largest magnitude that has a symbol."""
-ESCAPE = 255
 SYMBOLS = 256
 FACTORS = (0.5, 1.0, 1.5)
 """What bins of the first, middle and last third of the layers are multiplied by."""
+MAX_ROWS = 1 << 16
+"""Of one `Tables`."""
 _MAX_WIDTH = 1e4  # of a bin: half of one must not leave float16
 
 
@@ -79,27 +80,64 @@ def third(place: int, num: int) -> int:
 
 
 @dataclass(frozen=True, eq=False)
+class SharedTables:
+    """Rows of several layers at one level: what has them can be coded together.
+
+    Args:
+        tables: the rows.
+    """
+
+    tables: Tables
+    _lookups: dict[str, Any] = field(default_factory=dict)
+
+    def lookup(self, kernel: Kernels) -> Any:
+        """What the kernels decode with; made once."""
+        found = self._lookups.get(kernel.__name__)
+        if found is None:
+            found = self._lookups[kernel.__name__] = kernel.lookup(self.tables)
+        return found
+
+
+@dataclass(frozen=True, eq=False)
 class TableSet:
     """How the numbers of one layer and kind are coded at one level.
 
     Args:
         width: float32, of a bin of deltas.
-        tables: rows 0..C - 1 are for deltas, C..2C - 1 for anchors.
+        shared: where its rows are: C for deltas, then C for anchors.
+        first: the first of these rows.
         low: float32 [2C], the smallest number that each row can code.
         high: float32 [2C], the largest.
     """
 
     width: np.float32
-    tables: Tables
+    shared: SharedTables
+    first: int
     low: Floats
     high: Floats
 
-    def of(self, channels: NDArray[np.int64]) -> "ChannelTables":
-        """The same for some of the channels."""
-        rows = [channels + len(self.tables) // 2, channels]
+    def of(self, channels: NDArray[np.int64] | None) -> "ChannelTables":
+        """The same for some of the channels, or for all.
+
+        Raises:
+            CorruptDataError: there is no such channel.
+        """
+        if channels is None:
+            return self._every
+        num = self.low.size // 2
+        if channels.size and not 0 <= channels.min() <= channels.max() < num:
+            raise CorruptDataError(
+                f"channels {channels.min()}..{channels.max()} of a layer that has {num}"
+            )
+        rows = [channels + num, channels]
         group = np.concatenate([rows[0], *[rows[1]] * (GROUP - 1)])
+        columns = np.resize(group, group.size + MAX_LANES if group.size else 0) + self.first
         low, high = ([edge[r] for r in rows] for edge in (self.low, self.high))
-        return ChannelTables(self.width, self.tables, group, low, high)
+        return ChannelTables(self.width, self.shared, columns.astype(np.uint32), low, high)
+
+    @cached_property
+    def _every(self) -> "ChannelTables":
+        return self.of(np.arange(self.low.size // 2))
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -108,15 +146,16 @@ class ChannelTables:
 
     Args:
         width: float32, of a bin of deltas.
-        tables: of a whole layer.
-        rows: int64 [GROUP * C], which of its rows the numbers of a group of tokens have.
+        shared: the tables.
+        columns: uint32 [GROUP * C + MAX_LANES], which of their rows the numbers of a group of
+            tokens have, and from the front again.
         low: float32 [C] each, the smallest number that anchors, and deltas, can have as symbols.
         high: float32 [C] each, the largest.
     """
 
     width: np.float32
-    tables: Tables
-    rows: NDArray[np.int64]
+    shared: SharedTables
+    columns: NDArray[np.uint32]
     low: list[Floats]
     high: list[Floats]
 
@@ -170,38 +209,61 @@ class Profile:
         self._known[spec] = True
 
     def tables(self, layer_idx: int, kind: int, level: float) -> TableSet:
-        """How keys (kind 0) or values (1) of a layer are coded; made when first asked for.
+        """How keys (kind 0) or values (1) of a layer are coded.
+
+        Those of all layers are made when the first of a level is asked for.
 
         Raises:
             ConfigError: the artefact holds something that is no table.
         """
         key = (layer_idx, kind, level)
+        if key not in self._sets:
+            self._make(level)
         found = self._sets.get(key)
         if found is None:
-            found = self._sets[key] = self._make(*key)
+            raise self._wrong(f"{KINDS[kind]} of layer {layer_idx} are not there")
         return found
 
-    def _make(self, layer_idx: int, kind: int, level: float) -> TableSet:
+    def _make(self, level: float) -> None:
+        index = self.levels.index(level)
+        keys, rows = [], []
+        for layer_idx in self._places:
+            for kind in range(len(KINDS)):
+                anchors, deltas = self._names(layer_idx, kind, [index])
+                if deltas in self.tensors:  # else there are no channels
+                    keys.append((layer_idx, kind))
+                    rows.append(torch.cat([self.tensors[deltas], self.tensors[anchors]]).numpy())
+        every = list(zip(keys, rows, strict=True))
+        for some in batches(every, [len(x) for x in rows], MAX_ROWS):
+            self._share(level, some)
+
+    def _share(self, level: float, some: list[tuple[tuple[int, int], NDArray[np.int16]]]) -> None:
+        """Make the table sets of some layers and kinds, whose rows are given."""
+        tables = Tables(np.concatenate([rows for _, rows in some]))
+        coded = tables.frequencies[:, : 2 * LARGEST + 1] > 0
+        low = coded.argmax(1)
+        high = 2 * LARGEST - coded[:, ::-1].argmax(1)
+        wrong = (coded.sum(1) != high - low + 1) | (low > LARGEST) | (high < LARGEST)
+        wrong |= tables.frequencies[:, ESCAPE] == 0
+        edges = [(x - LARGEST).astype(np.float32) for x in (low, high)]
+        shared = SharedTables(tables)
+        first = 0
+        for (layer_idx, kind), mine in some:
+            last = first + len(mine)
+            if wrong[first:last].any():
+                raise self._wrong(f"a table of layer {layer_idx} has gaps, or no escape")
+            width = self._width(layer_idx, kind, level)
+            of_mine = [edge[first:last] for edge in edges]
+            self._sets[layer_idx, kind, level] = TableSet(width, shared, first, *of_mine)
+            first = last
+
+    def _width(self, layer_idx: int, kind: int, level: float) -> np.float32:
         place, num = self._places[layer_idx], len(self._places)
         sigma = self._tensor("sigma", torch.float32, (num, 2))[place, kind].item()
         width = level * FACTORS[third(place, num)] * sigma
         if not 1e-20 < width < _MAX_WIDTH:
             raise self._wrong(f"sigma of layer {layer_idx} is {sigma}")
-        anchors, deltas = self._names(layer_idx, kind, [self.levels.index(level)])
-        rows = torch.cat([self.tensors[deltas], self.tensors[anchors]]).numpy()
-        tables = Tables(rows)
-        coded = tables.frequencies[:, : 2 * LARGEST + 1] > 0
-        low = coded.argmax(1)
-        high = 2 * LARGEST - coded[:, ::-1].argmax(1)
-        if (
-            (coded.sum(1) != high - low + 1).any()
-            or (low > LARGEST).any()
-            or (high < LARGEST).any()
-            or (tables.frequencies[:, ESCAPE] == 0).any()
-        ):
-            raise self._wrong(f"a table of layer {layer_idx} has gaps, or no escape")
-        edges = [(x - LARGEST).astype(np.float32) for x in (low, high)]
-        return TableSet(np.float32(width), tables, *edges)
+        return np.float32(width)
 
     def _names(self, layer_idx: int, kind: int, levels: "range | list[int]") -> list[str]:
         stem = f"{layer_idx}.{KINDS[kind]}"
