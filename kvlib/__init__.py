@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kvlib.prefix import PrefixCache
     from kvlib.spec import KVSpec, LayerKind, LayerSpec, RopeSpec
     from kvlib.store.store import KVStore
+    from kvlib.tiered import TieredCache
 
 _HOME = {
     "BlockKey": "kvlib.keys",
@@ -36,6 +37,7 @@ _HOME = {
     "PrefixCache": "kvlib.prefix",
     "RopeSpec": "kvlib.spec",
     "StoreKey": "kvlib.keys",
+    "TieredCache": "kvlib.tiered",
     "apply_plan": "kvlib.plans",
     "block_keys": "kvlib.keys",
 }
@@ -56,6 +58,7 @@ __all__ = [
     "PrefixCache",
     "RopeSpec",
     "StoreKey",
+    "TieredCache",
     "apply_plan",
     "block_keys",
 ]

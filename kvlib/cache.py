@@ -30,7 +30,7 @@ from kvlib.cache_probe import Probes
 from kvlib.cache_signals import MAX_ROLLBACK, Signals
 from kvlib.errors import ConfigError
 from kvlib.eviction.base import LayerState, Needs, Policy, Resources
-from kvlib.model_hooks import AttentionCall, decoder_of, untraced, watch
+from kvlib.model_hooks import AttentionCall, HookedCache, decoder_of, untraced, watch
 from kvlib.model_spec import layer_specs, spec_for_model
 from kvlib.registry import describe
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["KVCache"]
 
 
-class KVCache(Copyable, Cache):
+class KVCache(Copyable, Cache, HookedCache):
     """A cache under an eviction policy, for `generate()` and for plain forward passes.
 
     The prompt ends with the first forward pass, whatever its length; what follows are steps, of one
@@ -114,7 +114,7 @@ class KVCache(Copyable, Cache):
         self._decoder = decoder_of(model)
         self._probes = Probes(self, self._decoder, resources)
         self._start()
-        watch(self._decoder, self, lambda cache: isinstance(cache, KVCache))
+        watch(self._decoder, self)
         if self._needs.hidden:
             watch_hidden(self._decoder, self)
 

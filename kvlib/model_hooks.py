@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Lock, local
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -78,23 +78,28 @@ class AttentionCall:
         )
 
 
-class HookedCache(Protocol):
-    """What the hooks ask of a cache."""
+class HookedCache:
+    """A cache that the hooks tell of a forward pass; what they ask of it."""
 
     def begin_forward(self, decoder: nn.Module, arguments: dict[str, Any]) -> None:
         """A pass with these arguments of the decoder's forward begins."""
+        raise NotImplementedError
 
     def end_forward(self, *, failed: bool) -> None:
         """It ended, or raised."""
+        raise NotImplementedError
 
     def attend(self, key: Tensor, call: AttentionCall) -> Tensor | None:
         """[B, T, Hq, Dv], or None if these keys are not the cache's business."""
+        raise NotImplementedError
 
     def enter(self, module: nn.Module, hidden: Tensor | None) -> None:
         """A module with a `layer_idx` starts to work on these hidden states [B, T, d_model]."""
+        raise NotImplementedError
 
     def needs_mask(self) -> bool:
         """Whether some layer that is not sliding still attends with the model's own mask."""
+        raise NotImplementedError
 
 
 class _Passes(local):
@@ -124,18 +129,17 @@ def decoder_of(model: "PreTrainedModel") -> nn.Module:
     return decoder
 
 
-def watch(decoder: nn.Module, cache: HookedCache, is_ours: Callable[[Any], bool]) -> None:
+def watch(decoder: nn.Module, cache: HookedCache) -> None:
     """Hook `decoder` until `cache` (and every other cache it is watched for) is gone.
 
     Args:
         decoder: see `decoder_of`.
         cache: whose life the hooks share.
-        is_ours: tells a `KVCache` from other caches.
     """
     with _lock:
         watcher = _watched.get(decoder)
         if watcher is None:
-            watcher = _watched[decoder] = _Watch(decoder, is_ours)
+            watcher = _watched[decoder] = _Watch(decoder)
         watcher.users += 1
     weakref.finalize(cache, _forget, weakref.ref(decoder))
     _drain()
@@ -165,9 +169,8 @@ def _drain() -> None:
 class _Watch:
     """The two hooks on one decoder."""
 
-    def __init__(self, decoder: nn.Module, is_ours: Callable[[Any], bool]) -> None:
+    def __init__(self, decoder: nn.Module) -> None:
         self.users = 0
-        self._is_ours = is_ours
         self._signature = inspect.signature(decoder.forward)
         self._handles = [
             decoder.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -188,7 +191,7 @@ class _Watch:
         cache = kwargs.get("past_key_values")
         if cache is None and args:
             cache = self._signature.bind_partial(*args, **kwargs).arguments.get("past_key_values")
-        return cache if self._is_ours(cache) else None
+        return cache if isinstance(cache, HookedCache) else None
 
     @untraced
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -240,7 +240,7 @@ def test_a_lossy_store_says_so_and_goes_on_from_its_own_blocks(model):
 def test_corrupt_records_slow_a_request_but_never_change_it(model, tmp_path):
     """A flipped byte on disk is a counted miss; the output is that of recomputation."""
     ids = prompt(600)
-    with kvlib.KVStore(tmp_path / "kv", memory=0) as store:
+    with kvlib.KVStore(tmp_path / "kv", memory=0, tier="file") as store:
         kvlib.PrefixCache(model, store).prefill(ids)
         expected = plain(model, ids)
         files = sorted((tmp_path / "kv").rglob("*.kvlc"))

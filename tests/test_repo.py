@@ -261,6 +261,8 @@ FLOORS = (
         "prefix",
         "selection",
         "tiered",
+        "tiered_attention",
+        "tiered_layers",
     },
     {
         "calibration",
@@ -275,6 +277,8 @@ FLOORS = (
         "pages",
         "policy_docs",
         "smollm2",
+        "store_bench",
+        "store_cli",
         "testing",
     },
 )

@@ -93,7 +93,7 @@ def test_through_the_store(model, method, tmp_path):
     """Stored by one object and loaded by another, from disk; exact in every bit."""
     cache = filled(model, method)
     tokens = torch.cat([ids(60), ids(5, seed=1)], dim=1)
-    with kvlib.KVStore(tmp_path, memory=0) as store:
+    with kvlib.KVStore(tmp_path, memory=0, tier="file") as store:
         size = cache.save(store, tokens)
     assert size == sum(file.stat().st_size for file in tmp_path.rglob("*.kvlc"))
     with kvlib.KVStore(tmp_path, memory=0) as store:
@@ -204,7 +204,7 @@ def test_a_damaged_record_is_a_miss(tmp_path):
     for size in (0, 1, len(record) // 2, len(record) - 1):
         with pytest.raises(CorruptDataError):
             decode_snapshot(record[:size], spec, cache.method)
-    with kvlib.KVStore(tmp_path, memory=0) as store:
+    with kvlib.KVStore(tmp_path, memory=0, tier="file") as store:
         cache.save(store, tokens)
         (file,) = tmp_path.rglob("*.kvlc")
         data = bytearray(file.read_bytes())

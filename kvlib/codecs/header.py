@@ -6,7 +6,7 @@ whatever the bytes claim; every size is checked against what is really there.
 """
 
 import hmac
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, IntFlag
 from hashlib import blake2b
@@ -109,6 +109,9 @@ class SectionFlag(IntFlag):
     """The codec stepped aside: the section holds the tensor's own bytes."""
 
 
+_STATE, _CODEC, _RAW = int(SectionKind.STATE), int(SectionKind.CODEC), int(SectionFlag.RAW)
+_KINDS = {kind.value: kind for kind in SectionKind}  # calling an enum costs ten times as much
+_SECTION_FLAGS = {flags: SectionFlag(flags) for flags in (0, SectionFlag.RAW.value)}
 NO_FLAG = Flag(0)
 NO_SECTION_FLAG = SectionFlag(0)
 
@@ -196,17 +199,21 @@ class Header:
             )
 
 
-def section_digest(parts: Iterable[Buffer], mac_key: bytes | None) -> bytes:
+def section_digest(parts: Sequence[Buffer], mac_key: bytes | None) -> bytes:
     """16 bytes: xxh3-64 (little-endian) and zeros, or a keyed BLAKE2b."""
     if mac_key is not None:
         mac = blake2b(digest_size=MAC_BYTES, key=mac_key, person=_PERSON_SECTION)
         for part in parts:
             mac.update(part)
         return mac.digest()
-    state = xxhash.xxh3_64()
-    for part in parts:
-        state.update(part)
-    return state.intdigest().to_bytes(8, "little") + bytes(8)
+    if len(parts) == 1:
+        number = xxhash.xxh3_64_intdigest(parts[0])
+    else:
+        state = xxhash.xxh3_64()
+        for part in parts:
+            state.update(part)
+        number = state.intdigest()
+    return number.to_bytes(8, "little") + bytes(8)
 
 
 def align(n: int, alignment: int) -> int:
@@ -438,20 +445,20 @@ def _parse_sections(
                 f"section at {offset} of {stored} bytes: sections must tile the container in order"
             )
         whole = layer_idx == WHOLE_BLOCK
-        if (whole and kind not in _OF_WHOLE_BLOCK) or (not whole and kind == SectionKind.STATE):
+        if (whole and kind not in _OF_WHOLE_BLOCK) or (not whole and kind == _STATE):
             raise CorruptDataError(
                 f"a section of kind {kind} cannot belong to "
                 f"{'the whole block' if whole else f'layer {layer_idx}'}"
             )
-        if kind == SectionKind.STATE and (stored != raw or flags != SectionFlag.RAW):
+        if kind == _STATE and (stored != raw or flags != _RAW):
             raise CorruptDataError("policy state is stored as it is, with the flag RAW")
-        if kind not in SectionKind._value2member_map_ or flags & ~int(SectionFlag.RAW):
+        if kind not in _KINDS or flags not in _SECTION_FLAGS:
             raise IncompatibleDataError(f"section of unknown kind {kind} or flags {flags:#x}")
         if (kind, layer_idx) in seen:
             raise CorruptDataError(
                 f"layer {layer_idx} has two {SectionKind(kind).name.lower()} sections"
             )
-        if stored > raw and kind != SectionKind.CODEC:
+        if stored > raw and kind != _CODEC:
             raise CorruptDataError(
                 f"layer {layer_idx}: {stored} bytes stored for {raw} decoded; raw is never exceeded"
             )
@@ -460,7 +467,7 @@ def _parse_sections(
         decoded += raw
         sections.append(
             SectionInfo(
-                SectionKind(kind), layer_idx, SectionFlag(flags), offset, stored, raw, digest
+                _KINDS[kind], layer_idx, _SECTION_FLAGS[flags], offset, stored, raw, digest
             )
         )
     if align(end, alignment) != total_bytes:

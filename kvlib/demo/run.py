@@ -244,7 +244,7 @@ class _Steps:
         cache = None
         for codec in codecs:
             path = self._work / "store" / codec.replace(":", "-").replace(",", "-")
-            with KVStore(path, memory=0, codec=codec, disk="64GiB") as store:
+            with KVStore(path, memory=0, codec=codec, disk="64GiB", tier="file") as store:
                 prefix = PrefixCache(model, store)
                 if cache is None:
                     report = prefix.prefill(ids, chunk_tokens=PREFILL_CHUNK, progress=tick)

@@ -76,7 +76,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {"first_token_s": [], "restore_s": [], "recomputed_first_token_s": []}
 
     def open_store(salt: str = "") -> KVStore:
-        return KVStore(request["store"], memory=0, codec=request["codec"], salt=salt)
+        return KVStore(request["store"], memory=0, codec=request["codec"], salt=salt, tier="file")
 
     with open_store() as store:
         prefix = PrefixCache(model, store)

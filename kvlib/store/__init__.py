@@ -11,6 +11,7 @@ TIERS: Registry[Tier] = Registry(
     {
         "file": "kvlib.store.files:FileStore",
         "memory": "kvlib.store.memory:MemoryTier",
+        "segment": "kvlib.store.segments:SegmentStore",
     },
 )
 """The tiers of this version; `KVStore` opens them with their arguments."""

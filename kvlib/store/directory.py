@@ -9,17 +9,40 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from kvlib.codecs.container import MAX_HEADER_BYTES, parse_header
 from kvlib.errors import CodecError
 from kvlib.keys import BlockKey, StoreKey
+from kvlib.spec import EXACT
 from kvlib.store.tier import Tier
 
-__all__ = ["Directory", "Found"]
+__all__ = ["Directory", "Found", "Identity"]
 
 _HEADER_CACHE_RECORDS = 1 << 16
+
+
+class Identity(NamedTuple):
+    """A form in which blocks may be stored.
+
+    Attributes:
+        ancestors: lowest fidelity among the KV they were computed from.
+        codec: canonical string.
+        lossless: whether the codec gives back what it was given.
+        storage: the storage fingerprint of all that.
+    """
+
+    ancestors: str
+    codec: str
+    lossless: bool
+    storage: bytes
+
+    @property
+    def fidelity(self) -> str:
+        """Of what is decoded."""
+        return self.ancestors if self.ancestors != EXACT or self.lossless else self.codec
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +53,7 @@ class Found:
     first: int
     count: int
     held: tuple[BlockKey, ...]
-    fidelity: str
+    identity: Identity
 
 
 class Directory:
@@ -80,11 +103,11 @@ class Directory:
                 self._headers.popitem(last=False)
 
     def find(
-        self, identities: Sequence[tuple[str, bytes]], keys: Sequence[BlockKey], at: int
+        self, identities: Sequence[Identity], keys: Sequence[BlockKey], at: int
     ) -> Found | None:
         """The record that starts with block `at`, under the best identity."""
-        for fidelity, storage in identities:
-            key = StoreKey(keys[at], storage)
+        for identity in identities:
+            key = StoreKey(keys[at], identity.storage)
             held = self.record_keys(key)
             if held:
                 count = 0
@@ -93,10 +116,10 @@ class Directory:
                 ):
                     count += 1
                 if count:
-                    return Found(key, at, count, held, fidelity)
+                    return Found(key, at, count, held, identity)
         return None
 
-    def run(self, identities: Sequence[tuple[str, bytes]], keys: Sequence[BlockKey]) -> list[Found]:
+    def run(self, identities: Sequence[Identity], keys: Sequence[BlockKey]) -> list[Found]:
         """The records that hold the leading blocks of a prompt, in order."""
         run: list[Found] = []
         at = 0

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory tier: whole records in RAM, bounded, the one used longest ago goes first."""
+"""The memory tier: whole records in RAM, bounded; a replacement policy says which goes first."""
 
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from time import monotonic
@@ -12,6 +11,7 @@ from typing import ClassVar, Self
 from kvlib.codecs.container import Buffer, parse_header
 from kvlib.errors import CodecError, StoreClosedError
 from kvlib.keys import StoreKey
+from kvlib.store.replacement import REPLACEMENTS, Replacement, ReplacementState
 from kvlib.store.sizes import parse_bytes
 from kvlib.store.tier import CheckReport, TierStats, verify_record
 
@@ -24,20 +24,29 @@ class MemoryTier:
     Args:
         capacity: hard limit of the bytes held.
         mac_key: the key of the records put; reads are copies of them.
+        replacement: which records go first: method string of one of `REPLACEMENTS`, or the policy.
     """
 
     name: ClassVar[str] = "memory"
     persistent: ClassVar[bool] = False
 
-    def __init__(self, capacity: int | str, *, mac_key: bytes | None = None) -> None:
+    def __init__(
+        self,
+        capacity: int | str,
+        *,
+        mac_key: bytes | None = None,
+        replacement: str | Replacement = "arc",
+    ) -> None:
         self._capacity = parse_bytes(capacity, "capacity")
         self._mac_key = mac_key
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._records: OrderedDict[StoreKey, bytes] | None = OrderedDict()
+        self._records: dict[StoreKey, bytes] | None = {}
+        policy = REPLACEMENTS.build(replacement) if isinstance(replacement, str) else replacement
+        self._order: ReplacementState[StoreKey] = policy.start(self._capacity)
         self._stats = TierStats(capacity_bytes=self._capacity)
 
-    def _open(self) -> OrderedDict[StoreKey, bytes]:
+    def _open(self) -> dict[StoreKey, bytes]:
         if os.getpid() != self._pid:
             raise StoreClosedError("this memory tier was made before a fork; make one in the child")
         if self._records is None:
@@ -65,7 +74,10 @@ class MemoryTier:
             if data is None:
                 self._count(misses=1)
                 return None
-            records.move_to_end(key)
+            if sections is None or sections:
+                self._order.hit(key)
+            else:
+                self._order.touch(key)  # somebody looks what it is; reading it comes after
         out = memoryview(buf).cast("B")
         spans = [(0, len(data))]
         if sections is not None:
@@ -86,17 +98,18 @@ class MemoryTier:
         with self._lock:
             records = self._open()
             if key in records:
-                records.move_to_end(key)
+                self._order.touch(key)
                 self._count(duplicates=1)
                 return True
-            if size > self._capacity:
+            if size > self._capacity or not self._order.admit(key, size):
                 self._count(rejected=1)
                 return False
-            while self._stats.used_bytes + size > self._capacity:
-                _, old = records.popitem(last=False)
-                self._count(evicted=1, records=-1, used_bytes=-len(old))
+            for victim in list(self._order.victims(self._stats.used_bytes + size - self._capacity)):
+                self._order.remove(victim, evicted=True)
+                self._count(evicted=1, records=-1, used_bytes=-len(records.pop(victim)))
             # Joined under the lock: room that is counted must not be taken twice.
             records[key] = b"".join(parts)
+            self._order.insert(key, size)
             self._count(puts=1, records=1, used_bytes=size, written_bytes=size)
             return True
 
@@ -115,10 +128,9 @@ class MemoryTier:
     def touch(self, keys: Sequence[StoreKey]) -> None:
         """See `Tier.touch`."""
         with self._lock:
-            records = self._open()
+            self._open()
             for key in keys:
-                if key in records:
-                    records.move_to_end(key)
+                self._order.touch(key)
 
     def delete(self, key: StoreKey) -> bool:
         """See `Tier.delete`."""
@@ -126,13 +138,15 @@ class MemoryTier:
             data = self._open().pop(key, None)
             if data is None:
                 return False
+            self._order.remove(key)
             self._count(records=-1, used_bytes=-len(data))
             return True
 
     def keys(self) -> Iterator[StoreKey]:
         """See `Tier.keys`."""
         with self._lock:
-            return iter(list(self._open()))
+            self._open()
+            return self._order.keys()
 
     def stats(self) -> TierStats:
         """See `Tier.stats`."""

@@ -59,6 +59,7 @@ class StoreStats:
         stored_blocks: blocks written.
         corrupt_records: records that verified but did not decode; each was dropped and is a miss.
         shared_reads: reads that joined one already under way.
+        staging_drops: blocks that `put_async` dropped for want of staging.
     """
 
     tiers: dict[str, TierStats]
@@ -68,3 +69,4 @@ class StoreStats:
     stored_blocks: int = 0
     corrupt_records: int = 0
     shared_reads: int = 0
+    staging_drops: int = 0

@@ -15,49 +15,44 @@ ago is always the end of a prompt, and eviction never takes a parent before its 
 
 import os
 import threading
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from time import monotonic
 from typing import Self
-
-import numpy as np
-from torch import Tensor
 
 from kvlib.blocks import KVBlock
 from kvlib.codecs import Codec, build_codec, codec_from_canonical
 from kvlib.codecs.base import codec_fingerprint, describe_codec
-from kvlib.codecs.container import Container
-from kvlib.codecs.pack import encode_block
-from kvlib.codecs.unpack import decode_block
 from kvlib.errors import (
-    CapacityError,
-    CodecError,
     ConfigError,
-    CorruptDataError,
-    ShapeError,
     StoreClosedError,
 )
-from kvlib.keys import BLOCK_TOKENS, BlockKey, Extra, StoreKey, TokenIds, block_keys, snapshot_key
-from kvlib.snapshots import Snapshot
+from kvlib.keys import BLOCK_TOKENS, BlockKey, Extra, StoreKey, TokenIds, block_keys
 from kvlib.spec import EXACT, KVSpec, LayerKind
-from kvlib.store.directory import Directory, Found
-from kvlib.store.files import FileStore
-from kvlib.store.flight import SingleFlight
+from kvlib.store.cost import CostModel
+from kvlib.store.directory import Directory, Found, Identity
+from kvlib.store.loads import Load, Reader, load_pieces
 from kvlib.store.memory import MemoryTier
-from kvlib.store.records import BLOCKS_PER_RECORD, allocate, groups_to_write, is_dense
+from kvlib.store.puts import Prefetch, Put
+from kvlib.store.records import BLOCKS_PER_RECORD
+from kvlib.store.replacement.admission import SecondTouch
 from kvlib.store.reports import Loaded, PutReport, StoreStats
 from kvlib.store.sizes import parse_bytes
-from kvlib.store.snapshots import decode_snapshot, encode_snapshot, snapshot_record_key
+from kvlib.store.snapshots import SnapshotRecords
+from kvlib.store.stack import TierStack, open_disk
 from kvlib.store.tier import CheckReport, Tier
+from kvlib.store.work import Priority, WorkPool
+from kvlib.store.writes import Form, Staging, Writer
 
 __all__ = ["BLOCKS_PER_RECORD", "KVStore", "Loaded", "PutReport", "StoreStats"]
 
 _KINDS = (LayerKind.FULL, LayerKind.SLIDING, LayerKind.MLA)
+_LAYER_BATCHES = 8
+_ADMISSIONS = ("always", "second-touch")
 
 
-class KVStore:
+class KVStore(SnapshotRecords):
     """A persistent, bounded, checksummed store of KV blocks.
 
     Args:
@@ -69,10 +64,21 @@ class KVStore:
         salt: tenants with different salts share nothing.
         remote: reserved for remote tiers.
         mac_key: 16 to 64 secret bytes: records are authenticated, not only checksummed.
-        threads: threads that read and decode.
+        threads: threads that read, decode, encode and write.
+        tier: the disk tier: ``segment`` (local disks), ``file`` (network file systems, and
+            systems other than Linux), or None for what the folder holds, else the first that works.
+        memory_codec: codec of the memory tier's records, where it is another one; a lossless one
+            saves the decoding of what is asked for often. Blocks are encoded once for either.
+        admission: which blocks go to disk: ``always``, or those wanted for the second time
+            (``second-touch``).
+        staging: most bytes of blocks that wait in `put_async`.
 
     Thread-safe. Concurrent loads of a record read it once, concurrent puts write it once. Must be
     opened again after a fork. Use as a context manager, or call `close`.
+
+    Attributes:
+        path: folder of the disk tier, None without one.
+        cost: running measurements of this store, to weigh loading against computing.
 
     Raises:
         ConfigError: neither memory nor path, or a bad size, codec or folder.
@@ -89,32 +95,59 @@ class KVStore:
         remote: str | None = None,
         mac_key: bytes | None = None,
         threads: int | None = None,
+        tier: str | None = None,
+        memory_codec: str | Codec | None = None,
+        admission: str = "always",
+        staging: int | str = "256MiB",
     ) -> None:
         if remote is not None:
             raise ConfigError(f"remote={remote!r}: this version has no remote tiers; leave it out")
+        if admission not in _ADMISSIONS:
+            raise ConfigError(f"admission={admission!r}: expected {' or '.join(_ADMISSIONS)}")
         self.codec = build_codec(codec) if isinstance(codec, str) else codec
         self.codec_text = describe_codec(self.codec)
+        quick = build_codec(memory_codec) if isinstance(memory_codec, str) else memory_codec
+        self.memory_codec = self.codec if quick is None else quick
+        self._codecs = {describe_codec(c): c for c in (self.memory_codec, self.codec)}
         self.salt = salt
+        self.path = None if path is None else Path(path).expanduser()
         self._mac_key = mac_key
         self._pid = os.getpid()
-        self._tiers: list[Tier] = []
+        self._staging = Staging(parse_bytes(staging, "staging"))
         memory_bytes = parse_bytes(memory, "memory")
-        if memory_bytes:
-            self._tiers.append(MemoryTier(memory_bytes, mac_key=mac_key))
-        if path is not None:
-            self._tiers.append(
-                FileStore(Path(path), capacity=parse_bytes(disk, "disk"), mac_key=mac_key)
-            )
-        if not self._tiers:
+        if not memory_bytes and path is None:
             raise ConfigError("a store needs memory, a path, or both; got memory=0 and no path")
-        self._pool = ThreadPoolExecutor(
-            threads or min(4, os.cpu_count() or 1), thread_name_prefix="kvlib-store"
-        )
-        self._flight = SingleFlight()
+        if len(self._codecs) > 1 and not (memory_bytes and path is not None):
+            raise ConfigError(
+                "memory_codec needs a memory tier and a path; with one tier, codec says it all"
+            )
+        tiers: list[Tier] = []
+        if memory_bytes:
+            tiers.append(MemoryTier(memory_bytes, mac_key=mac_key))
+        self._memory = tiers[0] if tiers else None
+        if self.path is not None:
+            tiers.append(open_disk(self.path, tier, parse_bytes(disk, "disk"), mac_key))
+        self.cost = CostModel()
+        self._stack = TierStack(tiers, self.cost)
+        touch: SecondTouch[StoreKey] | None = SecondTouch() if admission == _ADMISSIONS[1] else None
+        self._second_touch = touch
+        self._pool = WorkPool(threads or min(4, os.cpu_count() or 1), "kvlib-store")
         self._lock = threading.Lock()
         self._closed = False
-        self._directory = Directory(self._tiers, mac_key)
         self._stats = StoreStats(tiers={})
+        self._directory = Directory(tiers, mac_key)
+        self._writer = Writer(self._stack, self._directory, self._second_touch, mac_key)
+        self._reader = Reader(
+            tiers=self._stack,
+            pool=self._pool,
+            cost=self.cost,
+            codec_for=self._codec_for,
+            mac_key=mac_key,
+            forget=self._directory.forget,
+            corrupt=self._spoilt,
+            shared=lambda: self._count(shared_reads=1),
+            finished=self._finished,
+        )
 
     # -- keys and identities
 
@@ -124,11 +157,15 @@ class KVStore:
         """Keys of the full blocks of `tokens` under this store's salt; see `block_keys`."""
         return block_keys(spec.fingerprint(), tokens, salt=self.salt, extras=extras)
 
-    def _identities(self, spec: KVSpec, accept: Sequence[str] | None) -> list[tuple[str, bytes]]:
-        """(fidelity of the ancestors, storage fingerprint) pairs a request accepts, best first."""
+    def _identities(self, spec: KVSpec, accept: Sequence[str] | None) -> list[Identity]:
+        """The forms a request accepts, best first."""
         if accept is None:
-            accept = (EXACT,) if self.codec.lossless else (EXACT, self.codec_text)
-        return [(f, codec_fingerprint(spec, self.codec, fidelity=f)) for f in dict.fromkeys(accept)]
+            accept = (EXACT, *(t for t, codec in self._codecs.items() if not codec.lossless))
+        return [
+            Identity(f, text, codec.lossless, codec_fingerprint(spec, codec, fidelity=f))
+            for f in dict.fromkeys(accept)
+            for text, codec in self._codecs.items()
+        ]
 
     # -- looking up
 
@@ -173,114 +210,136 @@ class KVStore:
         Raises:
             ConfigError: the model has recurrent layers.
         """
+        return self._load(spec, keys, accept, None, Priority.DEMAND, deadline).result()
+
+    def load_async(
+        self,
+        spec: KVSpec,
+        keys: Sequence[BlockKey],
+        *,
+        accept: Sequence[str] | None = None,
+        priority: float = Priority.DEMAND,
+        deadline: float | None = None,
+        layers: int | None = None,
+    ) -> Load:
+        """Begin to restore the longest stored run of leading blocks, the first layers first.
+
+        Args:
+            spec: see `load`.
+            keys: see `load`.
+            accept: see `match`.
+            priority: see `kvlib.store.work.Priority`.
+            deadline: see `load`.
+            layers: layers that become ready together; None for an eighth of them.
+
+        Returns:
+            What to wait for: `Load.wait_layer`, `Load.result`, `Load.cancel`.
+
+        Raises:
+            ConfigError: the model has recurrent layers.
+        """
+        group = self.codec.caps(spec).layer_group
+        step = max(layers or -(-spec.num_layers // _LAYER_BATCHES), 1)
+        return self._load(spec, keys, accept, -(-step // group) * group, priority, deadline)
+
+    def load_pieces(
+        self, spec: KVSpec, keys: Sequence[BlockKey], *, accept: Sequence[str] | None = None
+    ) -> Iterator[Loaded]:
+        """Restore the longest stored run of leading blocks record by record.
+
+        Holds two records at a time: the one that it gave last, and the next.
+
+        Args:
+            spec: see `load`.
+            keys: see `load`.
+            accept: see `match`.
+
+        Returns:
+            The blocks of one record after another; `Loaded.block` begins where the last one ended.
+        """
+        self._check_open()
+        spec.require(_KINDS, "KVStore")
+        return load_pieces(
+            self._reader, spec, self._directory.run(self._identities(spec, accept), keys)
+        )
+
+    def _load(
+        self,
+        spec: KVSpec,
+        keys: Sequence[BlockKey],
+        accept: Sequence[str] | None,
+        layers: int | None,
+        priority: float,
+        deadline: float | None,
+    ) -> Load:
         self._check_open()
         spec.require(_KINDS, "KVStore")
         run = self._directory.run(self._identities(spec, accept), keys)
-        total = sum(found.count for found in run) * BLOCK_TOKENS
-        out = allocate(spec, total)
-        tasks = [self._pool.submit(self._load_record, spec, found, out, deadline) for found in run]
-        arrived: list[tuple[Found, int]] = []
-        for found, task in zip(run, tasks, strict=True):
-            stored_bytes = task.result()
-            if stored_bytes is None:
-                break
-            arrived.append((found, stored_bytes))
-        for task in tasks[len(arrived) :]:
-            task.cancel()
-        num_blocks = sum(found.count for found, _ in arrived)
-        self._count(loads=1, hit_blocks=num_blocks, missed_blocks=len(keys) - num_blocks)
-        self._touch([found.key for found, _ in arrived])
-        if not num_blocks:
-            return Loaded()
-        tokens = num_blocks * BLOCK_TOKENS
-        if tokens < total:  # give the rest back
-            for task in tasks[len(arrived) :]:
-                if not task.cancelled():
-                    task.exception()
-            out = [(k[:, :tokens].clone(), v[:, :tokens].clone()) for k, v in out]
-        lossy = [found.fidelity for found, _ in arrived if found.fidelity != EXACT]
-        fidelity = EXACT if self.codec.lossless else self.codec_text
-        return Loaded(
-            num_blocks=num_blocks,
-            block=KVBlock.dense(spec, out),
-            fidelity=lossy[-1] if lossy else fidelity,
-            stored_bytes=sum(size for _, size in arrived),
+        return Load(
+            self._reader,
+            spec,
+            run,
+            len(keys),
+            layers=layers,
+            priority=priority,
+            deadline=deadline,
         )
 
-    def _load_record(
-        self,
-        spec: KVSpec,
-        found: Found,
-        out: Sequence[tuple[Tensor, Tensor]],
-        deadline: float | None,
-    ) -> int | None:
-        """Read, verify and decode one record into its place; its size, or None for a miss."""
-        data, shared = self._flight.run(("get", found.key), lambda: self._read(found.key, deadline))
-        if shared:
-            self._count(shared_reads=1)
-        if data is None or (deadline is not None and monotonic() > deadline):
-            return None
-        first = found.first * BLOCK_TOKENS
-        last = first + found.count * BLOCK_TOKENS
-        try:
-            container = Container(data, mac_key=self._mac_key, verified=True)
-            header = container.header
-            if header.keys != found.held:  # evicted, and written again with other blocks
-                self._directory.forget(found.key)
-                return None
-            if (header.start, header.num_tokens) != (first, len(found.held) * BLOCK_TOKENS):
-                raise ShapeError(f"record of tokens {header.start}+{header.num_tokens}")
-            whole = found.count == len(found.held)
-            views = (
-                {i: (k[:, first:last], v[:, first:last]) for i, (k, v) in enumerate(out)}
-                if whole
-                else None
-            )
-            block = decode_block(container, spec, codec_for=self._codec_for, out=views)
-            if len(block.layers) != spec.num_layers:
-                raise ShapeError(
-                    f"record of {len(block.layers)} layers, expected {spec.num_layers}"
-                )
-            if any(not is_dense(layer) for layer in block.layers):
-                raise ShapeError("record of evicted tokens under a prefix key")
-            if not whole:
-                for layer, (k, v) in zip(block.slice(first, last).layers, out, strict=True):
-                    k[:, first:last] = layer.keys
-                    v[:, first:last] = layer.values
-        except (CodecError, ShapeError, CapacityError):
-            self._count(corrupt_records=1)
-            self._drop(found.key)
-            return None
-        return len(data)
+    def _finished(self, arrived: Sequence[Found], blocks: int, asked: int) -> None:
+        self._count(loads=1, hit_blocks=blocks, missed_blocks=asked - blocks)
+        self._stack.touch([found.key for found in arrived])
+        if self._second_touch is not None:
+            for found in arrived:
+                write = partial(self._writer.copy_down, found.key)
+                self._pool.submit(write, priority=Priority.STORE)
+
+    def _spoilt(self, key: StoreKey) -> None:
+        self._count(corrupt_records=1)
+        self._drop(key)
 
     def _codec_for(self, text: str) -> Codec:
-        return self.codec if text == self.codec_text else codec_from_canonical(text)
-
-    def _read(self, key: StoreKey, deadline: float | None) -> memoryview | None:
-        """A record's verified bytes from the fastest tier that has it, promoted above it."""
-        for depth, tier in enumerate(self._tiers):
-            size = tier.size(key)
-            if size is None:
-                continue
-            data = np.empty(size, np.uint8).data
-            got = tier.get_into(key, data, deadline=deadline)
-            if got is None:
-                continue
-            view = data[:got].toreadonly()
-            for above in self._tiers[:depth]:
-                above.put(key, [view])
-            return view
-        return None
-
-    def _touch(self, keys: Sequence[StoreKey]) -> None:
-        """Mark as used from last to first: the start of a prompt is evicted last."""
-        for tier in self._tiers:
-            tier.touch(keys[::-1])
+        for known, codec in self._codecs.items():
+            if text == known:
+                return codec
+        return codec_from_canonical(text)
 
     def _drop(self, key: StoreKey) -> None:
         self._directory.forget(key)
-        for tier in self._tiers:
-            tier.delete(key)
+        self._stack.delete(key)
+
+    def prefetch(
+        self,
+        spec: KVSpec,
+        keys: Sequence[BlockKey],
+        *,
+        accept: Sequence[str] | None = None,
+        priority: float = Priority.PREFETCH,
+        deadline: float | None = None,
+    ) -> Prefetch:
+        """Bring the stored leading blocks of a prompt into the memory tier, encoded as they are.
+
+        Args:
+            spec: see `load`.
+            keys: see `load`.
+            accept: see `match`.
+            priority: see `kvlib.store.work.Priority`.
+            deadline: `time.monotonic()` after which not to begin another read.
+
+        Returns:
+            What to wait for or cancel. Without a memory tier there is nothing to do.
+        """
+        self._check_open()
+        run = self._directory.run(self._identities(spec, accept), keys)
+        tasks = [
+            self._pool.submit(
+                lambda key=found.key: self._stack.read(key, deadline)[0] is not None,  # type: ignore[misc]
+                priority=priority,
+                deadline=deadline,
+            )
+            for found in run
+            if self._memory is not None and not self._memory.contains_many([found.key])[0]
+        ]
+        return Prefetch(sum(found.count for found in run), tasks)
 
     # -- writing
 
@@ -305,153 +364,73 @@ class KVStore:
         """
         self._check_open()
         spec.require(_KINDS, "KVStore")
-        first, rest = divmod(block.start, BLOCK_TOKENS)
-        last, tail = divmod(block.stop, BLOCK_TOKENS)
-        if (
-            rest
-            or tail
-            or last > len(keys)
-            or len(block.layers) != spec.num_layers
-            or block.spec != spec
-            or not all(is_dense(layer) for layer in block.layers)
-        ):
-            raise ShapeError(
-                f"cannot store tokens [{block.start}, {block.stop}) of {len(block.layers)} layers "
-                f"under {len(keys)} keys: expected whole blocks of {BLOCK_TOKENS} tokens over all "
-                f"{spec.num_layers} layers of the same spec, nothing evicted"
-            )
-        identities = self._identities(spec, (fidelity,))
-        present, missing = self._present(identities, keys[:last], first)
-        storage = identities[0][1]
-        stored_blocks = dropped_blocks = stored_bytes = raw_bytes = 0
-        for group in reversed(groups_to_write(missing)):
-            written = self._put_record(spec, keys, block, group, storage, fidelity)
-            if written is None:
-                dropped_blocks += len(group)
-            else:
-                stored_blocks += len(group)
-                stored_bytes += written
-                raw_bytes += len(group) * BLOCK_TOKENS * spec.bytes_per_token()
-        self._touch(present)
-        self._count(stored_blocks=stored_blocks)
-        return PutReport(
-            stored_blocks=stored_blocks,
-            present_blocks=last - first - len(missing),
-            dropped_blocks=dropped_blocks,
-            stored_bytes=stored_bytes,
-            raw_bytes=raw_bytes,
-        )
+        self._writer.check(spec, keys, block)
+        report = self._writer.put(spec, keys, block, self._forms(spec, fidelity))
+        self._count(stored_blocks=report.stored_blocks)
+        return report
 
-    def _present(
-        self, identities: Sequence[tuple[str, bytes]], keys: Sequence[BlockKey], first: int
-    ) -> tuple[list[StoreKey], list[int]]:
-        """Records that hold blocks from `first` on, and the blocks that no record holds."""
-        records: list[StoreKey] = []
-        missing: list[int] = []
-        # The walk begins at the start: block `first` may lie in a record that begins before it.
-        at = max(sum(found.count for found in self._directory.run(identities, keys)), first)
-        while at < len(keys):
-            found = self._directory.find(identities, keys, at)
-            if found is None:
-                missing.append(at)
-                at += 1
-            else:
-                records.append(found.key)
-                at += found.count
-        return records, missing
-
-    def _put_record(
-        self,
-        spec: KVSpec,
-        keys: Sequence[BlockKey],
-        block: KVBlock,
-        group: list[int],
-        storage: bytes,
-        fidelity: str,
-    ) -> int | None:
-        """Encode and write one record; its size, or None when no tier took it."""
-        mine = tuple(keys[i] for i in group)
-        key = StoreKey(mine[0], storage)
-
-        def write() -> int | None:
-            part = block.slice(group[0] * BLOCK_TOKENS, (group[-1] + 1) * BLOCK_TOKENS)
-            parts = encode_block(
-                part, self.codec, keys=mine, fidelity=fidelity, mac_key=self._mac_key
-            )
-            held = [tier.put(key, parts) for tier in reversed(self._tiers)]
-            return sum(memoryview(p).nbytes for p in parts) if any(held) else None
-
-        written, _ = self._flight.run(("put", key), write)
-        return written
-
-    # -- snapshots
-
-    def put_snapshot(
-        self, tokens: "TokenIds", snapshot: Snapshot, *, codec: str | None = None
-    ) -> int | None:
-        """Store one sequence of an evicted cache under its tokens and method.
+    def put_async(
+        self, spec: KVSpec, keys: Sequence[BlockKey], block: KVBlock, *, fidelity: str = EXACT
+    ) -> Put:
+        """Store blocks in the background; they are copied before this returns.
 
         Args:
-            tokens: [T]: every token that the snapshot stands for.
-            snapshot: from `KVCache.to_snapshot`.
-            codec: method string; the store's own codec by default.
+            spec: see `put`.
+            keys: see `put`.
+            block: see `put`.
+            fidelity: see `put`.
 
         Returns:
-            Bytes of the record; None if no tier took it.
+            What to wait for. Where `staging` has no room the blocks are dropped and counted, at
+            once.
 
         Raises:
-            ShapeError: more or fewer tokens than the snapshot stands for.
-            UnsupportedInputError: the codec cannot represent it.
+            ShapeError: see `put`. `UnsupportedInputError` comes with the result.
         """
         self._check_open()
-        chosen = self.codec if codec is None else build_codec(codec)
-        spec = snapshot.block.spec
-        if len(tokens) != snapshot.block.num_tokens:
-            raise ShapeError(
-                f"{len(tokens)} tokens given for a snapshot of {snapshot.block.num_tokens}"
-            )
-        name = snapshot_key(spec.fingerprint(), tokens, snapshot.method, salt=self.salt)
-        parts = encode_snapshot(snapshot, chosen, keys=(name,), mac_key=self._mac_key)
-        key = snapshot_record_key(spec, name, chosen)
-        held = [tier.put(key, parts) for tier in reversed(self._tiers)]
-        return sum(memoryview(p).nbytes for p in parts) if any(held) else None
+        spec.require(_KINDS, "KVStore")
+        self._writer.check(spec, keys, block)
+        size = block.nbytes
+        if not self._staging.take(size):
+            dropped = (block.stop - block.start) // BLOCK_TOKENS
+            self._count(staging_drops=dropped)
+            return Put(None, PutReport(dropped_blocks=dropped))
+        copy = KVBlock.dense(
+            spec,
+            [(x.keys.cpu().clone(), x.values.cpu().clone()) for x in block.layers],
+            start=block.start,
+        )
 
-    def load_snapshot(
-        self, spec: KVSpec, tokens: "TokenIds", method: str, *, codec: str | None = None
-    ) -> Snapshot | None:
-        """The snapshot of exactly these tokens, method and codec; see `put_snapshot`.
+        def write() -> PutReport:
+            report = self._writer.put(spec, keys, copy, self._forms(spec, fidelity))
+            self._count(stored_blocks=report.stored_blocks)
+            return report
 
-        Returns:
-            The verified snapshot; None if it is not there or cannot be read.
-        """
-        self._check_open()
-        chosen = self.codec if codec is None else build_codec(codec)
-        name = snapshot_key(spec.fingerprint(), tokens, method, salt=self.salt)
-        key = snapshot_record_key(spec, name, chosen)
-        data = self._read(key, None)
-        if data is None:
-            return None
-        try:
-            container = Container(data, mac_key=self._mac_key, verified=True)
-            if container.header.keys != (name,):
-                raise CorruptDataError("a record under the key of another snapshot")
-            return decode_snapshot(container, spec, method)
-        except (CodecError, ShapeError, CapacityError):
-            self._count(corrupt_records=1)
-            self._drop(key)
-            return None
+        task = self._pool.submit(write, priority=Priority.STORE)
+        task.add_done_callback(lambda _: self._staging.give(size))
+        return Put(task, None)
+
+    def _forms(self, spec: KVSpec, fidelity: str) -> list[Form]:
+        """What is written where."""
+        identities = self._identities(spec, (fidelity,))
+        if len(identities) == 1:
+            return [Form(identities[0], self.codec, None)]
+        quick, small = identities
+        return [Form(quick, self.memory_codec, False), Form(small, self.codec, True)]
 
     # -- upkeep
 
     def stats(self) -> StoreStats:
         """A snapshot of the counters of the store and its tiers."""
         with self._lock:
-            return replace(self._stats, tiers={tier.name: tier.stats() for tier in self._tiers})
+            return replace(
+                self._stats, tiers={tier.name: tier.stats() for tier in self._stack.tiers}
+            )
 
     def check(self, *, repair: bool = False) -> dict[str, CheckReport]:
         """Verify every record of every tier; see `Tier.check`."""
         self._check_open()
-        return {tier.name: tier.check(repair=repair) for tier in self._tiers}
+        return {tier.name: tier.check(repair=repair) for tier in self._stack.tiers}
 
     def _count(self, **more: int) -> None:
         with self._lock:
@@ -472,9 +451,8 @@ class KVStore:
         if self._closed or os.getpid() != self._pid:
             return
         self._closed = True
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        for tier in self._tiers:
-            tier.close()
+        self._pool.close()
+        self._stack.close()
 
     def __enter__(self) -> Self:
         return self

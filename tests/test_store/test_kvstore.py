@@ -33,7 +33,7 @@ def load(store: KVStore, tokens: list[int], **settings):
 
 def record_tokens(store: KVStore) -> list[int]:
     """Tokens of each record held, sorted: how blocks were grouped."""
-    tier = store._tiers[-1]
+    tier = store._stack.tiers[-1]
     return sorted(len(store._directory.record_keys(key)) * 64 for key in tier.keys())
 
 
@@ -159,7 +159,7 @@ def test_eviction_takes_the_end_of_a_prompt_first(tmp_path):
         held = load(store, long).num_blocks
         assert 0 < held < 40
         assert report.stored_blocks == 40
-        assert store.stats().tiers["file"].used_bytes <= capacity
+        assert store.stats().tiers["segment"].used_bytes <= capacity
         newer = [7] * (64 * 8)
         put(store, newer)
         assert load(store, newer).num_blocks == 8
@@ -180,7 +180,7 @@ def test_64_concurrent_loads_make_one_read(tmp_path):
     with KVStore(tmp_path, memory=0) as store:
         put(store, tokens)
     with KVStore(tmp_path, memory=0, threads=64) as store:
-        tier = store._tiers[0]
+        tier = store._stack.tiers[0]
         inner = tier.get_into
         started, release = threading.Event(), threading.Event()
         reads = []
@@ -199,7 +199,7 @@ def test_64_concurrent_loads_make_one_read(tmp_path):
             limit = time.monotonic() + 20
             while (
                 sum(t.name.startswith("kvlib-store") for t in threading.enumerate()) < 64
-                or store._pool._work_queue.qsize()
+                or store._pool._loads
             ):
                 assert time.monotonic() < limit, "the loads never came together"
             release.set()
@@ -360,7 +360,7 @@ def test_a_record_written_again_with_other_blocks_is_read_as_it_is():
         tokens = list(range(256))
         put(store, tokens, whole)
         assert load(store, tokens).num_blocks == 4
-        (tier,) = store._tiers
+        (tier,) = store._stack.tiers
         for key in list(tier.keys()):
             tier.delete(key)
         put(store, tokens[:128], whole.slice(0, 128))

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LeoAM-style selection (arXiv 2506.20187): light abstracts of leaves decide what is read.
+
+Two abstracts, see `kvlib.store.abstracts` and `kvlib.store.abstracts_pq`:
+
+- boxes (``codes=0``): q . a + weight * |q| . h from centre and half-range of a leaf's keys. LeoAM
+  and Quest use weight 1, a bound; less catches more of the attention. A unit counts by the most
+  over the queries that share it;
+- codes (``codes=8``, bytes of a key): the logarithm of the sum of exp(q . k) over a leaf's coded
+  keys. It estimates the attention that a leaf receives, so a unit counts by the sum over the
+  queries of their estimated attention. The codebook is fitted to the first keys of the sequence
+  and, which matters much, to their queries where these are given; boxes stand in until there are
+  enough of them.
+
+The paper's body was not to be had, and the authors' release chooses by other means than its
+abstracts; so this follows the abstract of the paper and measurements (benchmarks/selection.py), not
+its text.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvlib.errors import ConfigError
+from kvlib.store.abstracts import BOX_DTYPES, Boxes
+from kvlib.store.abstracts_pq import CENTROIDS, Codebook, Codes
+from kvlib.store.selecting.base import BudgetedSelector, HeadShape, LayerSelector, merge_heads
+
+__all__ = ["LeoAM"]
+
+
+@dataclass(frozen=True, slots=True)
+class LeoAM(BudgetedSelector):
+    """Leaves by abstracts, of one kind or the other.
+
+    Args:
+        heads: ``joint``: the same leaves for all KV heads of a layer; ``each``: others for each.
+        codes: bytes of a coded key; 0 for boxes. Codes need the extra ``faiss``.
+        train: first keys of a sequence that a codebook is fitted to; they are held until then.
+        weight: of a box's half-range; 1 is Quest's bound.
+        dtype: of boxes, see `kvlib.store.abstracts.BOX_DTYPES`.
+    """
+
+    heads: str = "joint"
+    codes: int = 0
+    train: int = 4096
+    weight: float = 0.75
+    dtype: str = "int8"
+    name: ClassVar[str] = "leoam"
+
+    def __post_init__(self) -> None:
+        """Check the parameters."""
+        BudgetedSelector.__post_init__(self)
+        if self.heads not in ("joint", "each"):
+            raise ConfigError(f"leoam: heads must be joint or each, got {self.heads!r:.80}")
+        if self.dtype not in BOX_DTYPES:
+            raise ConfigError(f"leoam: dtype is one of {', '.join(BOX_DTYPES)}: {self.dtype!r:.80}")
+        if self.codes < 0:
+            raise ConfigError(f"leoam: codes must be 0 or more bytes, got {self.codes}")
+        if self.train < CENTROIDS:
+            raise ConfigError(f"leoam: train must be {CENTROIDS} or more, got {self.train}")
+        if self.weight < 0:
+            raise ConfigError(f"leoam: weight must be 0 or more, got {self.weight}")
+
+    @property
+    def needs_queries(self) -> bool:
+        """A codebook is fitted to keys as queries see them; it does without, less well."""
+        return self.codes > 0
+
+    def open(self, shape: HeadShape) -> LayerSelector:
+        """Begin a layer of a sequence.
+
+        Raises:
+            ConfigError: `codes` does not divide the channels of a key.
+        """
+        if self.codes and shape.dim % self.codes:
+            raise ConfigError(
+                f"leoam: codes must divide the {shape.dim} channels of a key, got {self.codes}"
+            )
+        return _Coded(self, shape) if self.codes else _Boxed(self, shape)
+
+
+class _Boxed(LayerSelector):
+    def __init__(self, method: LeoAM, shape: HeadShape) -> None:
+        super().__init__(shape)
+        self._method = method
+        self._boxes = Boxes(shape.kv_heads, shape.dim, leaf=method.leaf, dtype=method.dtype)
+
+    def _append(self, keys: Tensor, queries: Tensor | None) -> None:
+        self._boxes.append(keys)
+
+    def _scores(self, query: Tensor) -> Tensor:
+        return self._boxes.scores(self.shape.grouped(query), self._method.weight)
+
+    def relevance(self, query: Tensor) -> Tensor:
+        return merge_heads(self._scores(query), "max", joint=self._method.heads == "joint")
+
+    def attention(self, query: Tensor) -> Tensor:
+        return self._scores(query).softmax(-1)
+
+    @property
+    def nbytes(self) -> int:
+        return self._boxes.nbytes
+
+
+class _Coded(LayerSelector):
+    """Boxes, and the keys themselves, until a codebook is fitted to them; codes from then on."""
+
+    def __init__(self, method: LeoAM, shape: HeadShape) -> None:
+        super().__init__(shape)
+        self._method = method
+        self._early = _Boxed(method, shape)  # empty once there are codes, as are the keys
+        self._keys: list[Tensor] = []
+        self._second = torch.zeros(shape.kv_heads, shape.dim, shape.dim, dtype=torch.float64)
+        self._codes: Codes | None = None
+
+    def _append(self, keys: Tensor, queries: Tensor | None) -> None:
+        if self._codes is not None:
+            self._codes.append(keys)
+            return
+        if queries is not None:
+            rows = self.shape.grouped(queries).double()
+            self._second += rows.transpose(1, 2) @ rows
+        self._keys.append(keys.float().clone())
+        if self.num_tokens + keys.shape[1] < self._method.train:
+            self._early.append(keys)
+            return
+        held = torch.cat(self._keys, 1)
+        if not self._second.any():  # keys out of a store come without queries
+            self._second += torch.eye(self.shape.dim)
+        book = Codebook.train(held, self._second, parts=self._method.codes)
+        self._codes = Codes(book, leaf=self._method.leaf)
+        self._codes.append(held)
+        self._early, self._keys = _Boxed(self._method, self.shape), []
+        self._second = self._second.new_empty(0)
+
+    def relevance(self, query: Tensor) -> Tensor:
+        if self._codes is None:
+            return self._early.relevance(query)
+        scores = self._codes.scores(self.shape.grouped(query))
+        return merge_heads(scores, "mass", joint=self._method.heads == "joint")
+
+    def attention(self, query: Tensor) -> Tensor:
+        if self._codes is None:
+            return self._early.attention(query)
+        return self._codes.scores(self.shape.grouped(query)).softmax(-1)
+
+    @property
+    def nbytes(self) -> int:
+        own = self._early.nbytes + sum(x.nbytes for x in [self._second, *self._keys])
+        return own + (0 if self._codes is None else self._codes.nbytes)

@@ -1,0 +1,447 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`TieredCache`: decode over a context whose keys and values do not fit into memory.
+
+    cache = kvlib.TieredCache(model, store=store, resident="256MiB", select="leoam:budget=0.1")
+    cache.prefill(input_ids, progress=print)
+    output = model.generate(input_ids, past_key_values=cache, max_new_tokens=64)
+
+All keys and values go to disk in leaves of 16 tokens (`kvlib.store.leaves`). In memory are the
+newest tokens, a small abstract of every leaf, and as many leaves as `resident` allows: those used
+last. A decoding step asks the abstracts which leaves its query needs, fetches those that are not in
+memory, and attends to them and the newest tokens alone. Passes over several tokens (a prompt, a
+question) attend to everything, leaves streaming by: they are exact.
+
+Every byte counts towards `resident`: keys, values, abstracts, staging. One sequence; models with
+full attention in every layer.
+"""
+
+import os
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from kvlib.attention import Logits
+from kvlib.blocks import KVBlock
+from kvlib.cache_columns import Columns, NewColumns
+from kvlib.errors import CapacityError, ConfigError
+from kvlib.keys import BLOCK_TOKENS, BlockKey
+from kvlib.model_hooks import AttentionCall, HookedCache, decoder_of, untraced, watch
+from kvlib.model_spec import spec_for_model
+from kvlib.spec import EXACT, LayerKind
+from kvlib.store.leaf_pool import LeafPool, LeafStats
+from kvlib.store.leaves import LEAF_TOKENS, LeafFile, LeafShape, aligned
+from kvlib.store.selecting import SELECTORS, BudgetedSelector, HeadShape, Selection
+from kvlib.store.selecting.percent import Percent
+from kvlib.store.sizes import parse_bytes
+from kvlib.store.store import KVStore
+from kvlib.tiered_attention import Part, attend_part, join
+from kvlib.tiered_layers import SPARE, Newest, TieredLayer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["TieredCache", "TieredReport"]
+
+_STAGING_LEAVES = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TieredReport:
+    """What `TieredCache.prefill` did.
+
+    Attributes:
+        restored_tokens: taken from the store.
+        computed_tokens: run through the model.
+        stored_blocks: blocks of 64 tokens that were stored.
+    """
+
+    restored_tokens: int
+    computed_tokens: int
+    stored_blocks: int
+
+
+class TieredCache(Cache, HookedCache):
+    """A cache whose leaves are on disk, but for a bounded part; see the module.
+
+    Args:
+        model: a decoder with full attention in every layer.
+        store: where `prefill` looks for the prompt's blocks and stores new ones; its folder holds
+            the leaves' file. None: nothing outlives the cache.
+        resident: most bytes in memory.
+        select: method string of what chooses leaves: ``leoam:budget=0.1``, ``quest``, ``infllm``,
+            ``full``, ``percent``.
+        recent: newest tokens that always stay in memory, at least.
+        ahead: leaves to have in memory for the next step, as a multiple of those that a step reads;
+            what is missing is fetched meanwhile. 1 fetches nothing ahead.
+        model_id: see `kvlib.PrefixCache`.
+        scratch: folder of the leaves' file, where it shall not be the store's.
+        direct: read and write leaves past the page cache where the file system allows it.
+
+    Raises:
+        ConfigError: a model of another kind, a bad size or method, or too little memory.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        *,
+        store: KVStore | None = None,
+        resident: int | str = "256MiB",
+        select: str = "leoam:budget=0.1",
+        recent: int = 64,
+        ahead: float = 1.25,
+        model_id: str | None = None,
+        scratch: str | os.PathLike[str] | None = None,
+        direct: bool = True,
+    ) -> None:
+        if store is None:
+            model_id = model_id or "unnamed"  # nothing is kept under that name
+        self.spec = spec_for_model(model, model_id=model_id)
+        self.spec.require((LayerKind.FULL,), "TieredCache")
+        self._shape = LeafShape.of(self.spec)
+        self.store = store
+        self.select = select
+        self.resident_bytes = parse_bytes(resident, "resident")
+        self._ahead = ahead
+        self._recent = max(recent, LEAF_TOKENS)
+        num_layers = self.spec.num_layers
+        made: list[Any] = [TieredLayer(self, i) for i in range(num_layers)]
+        super().__init__(layers=made)
+        self._model = model
+        self._decoder = decoder_of(model)
+        self._method = SELECTORS.build(select)
+        self._sparse = isinstance(self._method, BudgetedSelector)
+        heads = model.config.get_text_config(decoder=True).num_attention_heads
+        dim = self._shape.k_dim
+        self._selection = Selection(
+            self._method, HeadShape(heads, self._shape.heads, dim, dim**-0.5), num_layers
+        )
+        self._newest = [Newest(self._shape, model.device) for _ in range(num_layers)]
+        fixed = num_layers * (self._recent + 3 * SPARE) * self._shape.nbytes // LEAF_TOKENS
+        slots = (self.resident_bytes - fixed) // self._shape.slot_bytes
+        if slots < 2 * num_layers:
+            least = fixed + 2 * num_layers * self._shape.slot_bytes
+            raise ConfigError(
+                f"resident={resident!r} is too little for {num_layers} layers: the newest tokens "
+                f"and two leaves a layer need {least / 1e6:.1f} MB"
+            )
+        folder = scratch if scratch is not None else (None if store is None else store.path)
+        file = LeafFile(self._shape, num_layers, folder, direct=direct)
+        self._pool = LeafPool(file, slots)
+        weakref.finalize(self, self._pool.close)
+        self._columns = Columns()
+        self._new: NewColumns | None = None
+        self._attended = 0
+        self._saving: list[tuple[Tensor, Tensor]] | None = None
+        self._failed = False
+        self.steps = 0
+        watch(self._decoder, self)
+
+    # -- what it is
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens seen."""
+        return int(self._columns.num)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory: leaves, the newest tokens, abstracts."""
+        newest = sum(layer.nbytes for layer in self._newest)
+        return self._pool.nbytes + newest + self._selection.nbytes
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of the leaves' file."""
+        return self._pool.file.nbytes
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the keys and values of all tokens, wherever they are."""
+        return self.num_tokens * self.spec.bytes_per_token()
+
+    def stats(self) -> LeafStats:
+        """Counters of the leaves in memory."""
+        return self._pool.stats()
+
+    # -- a forward pass, as the hooks report it
+
+    def begin_forward(self, decoder: nn.Module, arguments: dict[str, Any]) -> None:
+        """See `kvlib.model_hooks.HookedCache`."""
+        if decoder is not self._decoder:
+            raise ConfigError("this TieredCache was made for another model; make one for each")
+        if self._failed:
+            raise ConfigError(
+                "an earlier forward pass over this TieredCache failed: make a new one"
+            )
+        if arguments.get("output_attentions"):
+            raise ConfigError("TieredCache returns no attention weights: leave them out")
+        new = self._columns.read(arguments)
+        if len(new.positions) != 1 or new.valid is not None:
+            raise ConfigError("TieredCache takes one sequence without padding")
+        self._new = new
+        self._attended = 0
+        self._columns.add(new, to_prompt=True)
+
+    def expect_update(self, layer_idx: int) -> None:
+        """Refuse keys that do not come from a forward pass of the cache's own model."""
+        if self._new is None:
+            raise ConfigError(
+                f"layer {layer_idx} was given keys outside of a forward pass of the model that "
+                "this TieredCache was made for"
+            )
+
+    def enter(self, module: nn.Module, hidden: Tensor | None) -> None:
+        """See `kvlib.model_hooks.HookedCache`."""
+
+    def needs_mask(self) -> bool:
+        """See `kvlib.model_hooks.HookedCache`."""
+        return False
+
+    @untraced
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Take new keys and values [1, Hkv, T, D] of a layer."""
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    @torch.no_grad()
+    def attend(self, key: Tensor, call: AttentionCall) -> Tensor | None:
+        """See `kvlib.model_hooks.HookedCache`."""
+        index: int = getattr(call.module, "layer_idx")  # noqa: B009
+        layer: Any = self.layers[index]
+        if layer.pending is None or layer.pending[0] is not key:
+            raise ConfigError(
+                f"{type(call.module).__name__} does not attend to the keys that it caches: "
+                "TieredCache does not support this model"
+            )
+        logits = call.logits()
+        if not logits.is_plain:
+            raise ConfigError("TieredCache supports neither soft-capped logits nor sinks")
+        keys, values = (x[0].detach() for x in layer.pending)
+        layer.pending = None
+        newest = self._newest[index]
+        newest.append(keys, values)
+        if self._saving is not None:
+            self._saving.append((keys.cpu().clone(), values.cpu().clone()))
+        query = self._scaled(call.query[0], logits)
+        self._selection.append(
+            index, keys.cpu(), call.query[0].cpu() if self._method.needs_queries else None
+        )
+        part: Part | None = None
+        if query.shape[2] == 1 and self._sparse:
+            part = self._chosen(index, call.query[0].cpu(), query)
+        else:
+            for some_keys, some_values in self._stream(index):
+                part = join(part, attend_part(query, some_keys, some_values))
+        seen = newest.tokens - keys.shape[1]
+        part = join(part, attend_part(query, *newest.all(), causal=seen + 1))
+        self._attended += 1
+        self._seal(index)
+        self._shrink()
+        output = part.output().flatten(0, 1).transpose(0, 1)[None]
+        return output.to(call.query.dtype)
+
+    def _scaled(self, query: Tensor, logits: Logits) -> Tensor:
+        """Queries [Hq, T, D] as [Hkv, G, T, D], times the scale."""
+        scale = query.shape[-1] ** -0.5 if logits.scale is None else logits.scale
+        rows: Tensor = query.detach().unflatten(0, (self._shape.heads, -1)) * scale
+        return rows
+
+    def _chosen(self, index: int, raw: Tensor, query: Tensor) -> Part | None:
+        """Attention to the leaves that the abstracts choose; the newest are in memory anyway."""
+        sealed = self._pool.file.count(index)
+        chosen, next_best = (
+            [i for i in leaves.unique().tolist() if i < sealed]
+            for leaves in self._selection.select_more(index, raw, (1.0, self._ahead))
+        )
+        part = None
+        if chosen:
+            part = attend_part(query, *self._gather(self._pool.get(index, chosen)))
+        # The next token's query is much like this one: what just missed may well be next.
+        self._pool.prefetch(index, next_best)
+        return part
+
+    def _gather(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Leaves in memory as keys and values [Hkv, n * LEAF_TOKENS, D], on the model's device."""
+        every = self._shape.unpack(self._pool.slots)
+        keys, values = (
+            x.index_select(0, slots).transpose(0, 1).flatten(1, 2).to(self._model.device)
+            for x in every
+        )
+        return keys, values
+
+    def _stream(self, index: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """All leaves of a layer, some at a time, the next ones being read meanwhile."""
+        count = self._pool.file.count(index)
+        if isinstance(self._method, Percent):
+            self._pool.pin(index, range(self._method.pinned(self.num_tokens)))
+        step = max(min(self._pool.num_slots // 2, 4 * _STAGING_LEAVES), 1)
+        batches = [range(at, min(at + step, count)) for at in range(0, count, step)]
+        for i, batch in enumerate(batches):
+            slots = self._pool.get(index, batch)
+            pieces = self._gather(slots)
+            if i + 1 < len(batches):
+                self._pool.prefetch(index, batches[i + 1])
+            elif index + 1 < self.spec.num_layers:
+                first = self._pool.file.count(index + 1)
+                self._pool.prefetch(index + 1, range(min(step, first)))
+            yield pieces
+
+    def _seal(self, index: int) -> None:
+        """Make leaves of the newest tokens but `recent` of them."""
+        newest = self._newest[index]
+        count = (newest.tokens - self._recent) // LEAF_TOKENS
+        if count <= 0:
+            return
+        keys, values = newest.all()
+        size = self._shape.slot_bytes
+        staging = aligned(min(count, _STAGING_LEAVES) * size).reshape(-1, size)
+        for at in range(0, count, _STAGING_LEAVES):
+            some = min(count - at, _STAGING_LEAVES)
+            tokens = slice(at * LEAF_TOKENS, (at + some) * LEAF_TOKENS)
+            self._shape.pack(keys[:, tokens].cpu(), values[:, tokens].cpu(), staging[:some])
+            self._pool.add(index, staging[:some])
+        newest.drop(count * LEAF_TOKENS)
+
+    def _shrink(self) -> None:
+        """Abstracts grow with the context; leaves in memory make room for them."""
+        over = self.nbytes - self.resident_bytes
+        if over <= 0:
+            return
+        count = -(-over // self._shape.slot_bytes)
+        if count >= self._pool.num_slots:
+            raise CapacityError(
+                f"resident={self.resident_bytes / 1e6:.1f} MB is too little for "
+                f"{self.num_tokens} tokens: the abstracts of {self.select!r} take "
+                f"{self._selection.nbytes / 1e6:.1f} MB, and leaves need some"
+            )
+        self._pool.retire(count)
+
+    def end_forward(self, *, failed: bool) -> None:
+        """See `kvlib.model_hooks.HookedCache`."""
+        new, self._new = self._new, None
+        if failed or new is None or self._attended != self.spec.num_layers:
+            self._failed = True
+            if not failed:
+                raise ConfigError(
+                    f"only {self._attended} of {self.spec.num_layers} layers ran over this "
+                    "TieredCache: it cannot be used where layers are skipped"
+                )
+            return
+        self._columns.advance(new)
+        self._columns.settle(keep_positions=False)
+        self.steps += new.num == 1
+
+    # -- whole prompts
+
+    def _keys(self, ids: Tensor) -> list[BlockKey]:
+        return [] if self.store is None else self.store.block_keys(self.spec, ids)
+
+    @torch.no_grad()
+    def prefill(
+        self,
+        input_ids: "Tensor | Sequence[int]",
+        *,
+        chunk_tokens: int = 512,
+        save: bool = True,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> TieredReport:
+        """Fill an empty cache with all tokens of a prompt but the last.
+
+        What the store has of it is restored, the rest computed, a piece at a time, and stored. The
+        last token is left to `generate`, which needs one to begin with.
+
+        Args:
+            input_ids: int [T] or [1, T].
+            chunk_tokens: run the model over that many tokens at a time, a multiple of 64.
+            save: store new blocks.
+            progress: called with (tokens done, tokens in all) after each piece.
+
+        Raises:
+            ConfigError: the cache is not empty, or a bad `chunk_tokens`.
+        """
+        ids = torch.as_tensor(input_ids).reshape(-1)
+        if self.num_tokens:
+            raise ConfigError(
+                f"prefill wants an empty cache; this one has {self.num_tokens} tokens"
+            )
+        if chunk_tokens < BLOCK_TOKENS or chunk_tokens % BLOCK_TOKENS:
+            raise ConfigError(f"chunk_tokens={chunk_tokens}: expected a multiple of {BLOCK_TOKENS}")
+        total = len(ids) - 1
+        keys = self._keys(ids[:total])
+        done, fidelity = self._restore(keys, ids, total, progress)
+        restored, stored = done, 0
+        while done < total:
+            count = min(chunk_tokens - done % chunk_tokens, total - done)
+            self._saving = [] if save and self.store is not None else None
+            chunk = ids[None, done : done + count].to(self._model.device)
+            self._model.base_model(input_ids=chunk, past_key_values=self, use_cache=True)
+            stored += self._save(keys, done, fidelity)
+            done += count
+            if progress is not None:
+                progress(done, total)
+        return TieredReport(
+            restored_tokens=restored, computed_tokens=total - restored, stored_blocks=stored
+        )
+
+    def _restore(
+        self,
+        keys: Sequence[BlockKey],
+        ids: Tensor,
+        total: int,
+        progress: Callable[[int, int], None] | None,
+    ) -> tuple[int, str]:
+        """Take what the store has; the tokens, and their fidelity."""
+        done, fidelity = 0, EXACT
+        if self.store is None or self._method.needs_queries:  # the store has no queries
+            return done, fidelity
+        for loaded in self.store.load_pieces(self.spec, keys):
+            block = loaded.block
+            if block is None:
+                break
+            for layer in block.layers:
+                to = self._model.device
+                self._newest[layer.layer_idx].append(layer.keys.to(to), layer.values.to(to))
+                self._selection.append(layer.layer_idx, layer.keys)
+                self._seal(layer.layer_idx)
+                self._shrink()
+            new = self._columns.read({"input_ids": ids[None, done : block.stop]})
+            self._columns.add(new, to_prompt=True)
+            self._columns.advance(new)
+            self._columns.settle(keep_positions=False)
+            done = block.stop
+            fidelity = loaded.fidelity if loaded.fidelity != EXACT else fidelity
+            if progress is not None:
+                progress(done, total)
+        return done, fidelity
+
+    def _save(self, keys: Sequence[BlockKey], done: int, fidelity: str) -> int:
+        """Store the whole blocks of a piece that begins at token `done`."""
+        saving, self._saving = self._saving, None
+        if not saving or self.store is None:
+            return 0
+        tokens = saving[0][0].shape[1] // BLOCK_TOKENS * BLOCK_TOKENS
+        if not tokens or done % BLOCK_TOKENS:
+            return 0
+        block = KVBlock.dense(
+            self.spec, [(k[:, :tokens], v[:, :tokens]) for k, v in saving], start=done
+        )
+        return self.store.put(self.spec, keys, block, fidelity=fidelity).stored_blocks
+
+    def reset(self) -> None:
+        """Refused: make a new one."""
+        raise ConfigError("a TieredCache is not used twice: make a new one")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused: leaves are not taken back."""
+        raise ConfigError("a TieredCache cannot be cropped")
+
+    def close(self) -> None:
+        """Give memory and file up."""
+        self._pool.close()

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoding out of a store: exact where everything is read, near it where a part is."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import DynamicCache
+
+from kvlib import KVStore, TieredCache
+from kvlib.errors import ConfigError, CorruptDataError, UnknownPluginError
+from kvlib.store.leaves import LEAF_TOKENS
+from kvlib.testing.models import tiny_model
+from kvlib.tiered_attention import attend_part, join
+
+TOKENS = 900
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(seed=4)
+
+
+@pytest.fixture(scope="module")
+def ids(model):
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(0, model.config.vocab_size, (1, TOKENS), generator=generator)
+
+
+@torch.no_grad()
+def steps(model, cache, ids, count=24):
+    """Logits of the prompt's last token, and of those that are decoded greedily after it."""
+    out, token = [], ids[:, -1:]
+    for _ in range(count):
+        logits = model(input_ids=token, past_key_values=cache).logits[0, -1]
+        out.append(logits)
+        token = logits.argmax().reshape(1, 1)
+    return torch.stack(out)
+
+
+@torch.no_grad()
+def reference(model, ids):
+    cache = DynamicCache()
+    model(input_ids=ids[:, :-1], past_key_values=cache)
+    return steps(model, cache, ids)
+
+
+def make(model, tmp_path, **options):
+    return TieredCache(model, scratch=tmp_path, **({"resident": "400KiB"} | options))
+
+
+@pytest.mark.parametrize(
+    "select", ["full", "percent:resident=0.3", "leoam:budget=1.0", "quest:budget=1.0"]
+)
+@pytest.mark.parametrize("chunk_tokens", [64, 512])
+def test_reading_everything_is_exact(model, ids, tmp_path, select, chunk_tokens):
+    cache = make(model, tmp_path, select=select)
+    report = cache.prefill(ids, chunk_tokens=chunk_tokens)
+    assert (report.restored_tokens, report.computed_tokens) == (0, TOKENS - 1)
+    got, want = steps(model, cache, ids), reference(model, ids)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert cache.num_tokens == TOKENS - 1 + 24
+    assert cache.steps == 24
+
+
+@pytest.mark.parametrize("select", ["leoam:budget=0.2", "quest:budget=0.2", "infllm:budget=0.2"])
+def test_memory_stays_within_its_bound(model, ids, tmp_path, select):
+    """At every layer of every pass; and a step reads no more than its budget."""
+    cache = make(model, tmp_path, select=select, resident="300KiB")
+    most = []
+    attend = cache.attend
+    cache.attend = lambda key, call: (attend(key, call), most.append(cache.nbytes))[0]
+    cache.prefill(ids, chunk_tokens=128)
+    before = cache.stats()
+    steps(model, cache, ids)
+    after = cache.stats()
+    assert len(most) == 3 * (8 + 24)
+    assert max(most) <= cache.resident_bytes
+    assert cache.kv_bytes > cache.resident_bytes
+    asked = (after.hits + after.ahead + after.fetched) - (
+        before.hits + before.ahead + before.fetched
+    )
+    leaves = -(-cache.num_tokens // LEAF_TOKENS)
+    assert asked <= 3 * 24 * (0.2 * leaves + 1) * 2  # what is asked for may count as ahead, too
+
+
+def test_what_is_chosen_matters(model, ids, tmp_path):
+    """More budget, nearer to the whole."""
+    want = reference(model, ids)
+    off = []
+    for budget in (0.05, 0.3, 1.0):
+        cache = make(model, tmp_path, select=f"leoam:budget={budget}")
+        cache.prefill(ids)
+        off.append(float((steps(model, cache, ids)[0] - want[0]).abs().max()))
+    assert off[0] > off[1] > off[2]
+
+
+def test_several_tokens_after_the_prompt_are_exact(model, ids, tmp_path):
+    cache = make(model, tmp_path, select="leoam:budget=0.1")
+    cache.prefill(ids[:, :600])
+    with torch.no_grad():
+        got = model(input_ids=ids[:, 599:], past_key_values=cache).logits[0]
+        want = model(input_ids=ids).logits[0, 599:]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_generate(model, ids, tmp_path):
+    cache = make(model, tmp_path, select="full")
+    cache.prefill(ids)
+    options = {"max_new_tokens": 12, "do_sample": False}
+    got = model.generate(ids, past_key_values=cache, **options)
+    assert torch.equal(got, model.generate(ids, **options))
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_prompt_is_restored_from_the_store(model, ids, tmp_path):
+    """By another cache and another process' store, without computing it again."""
+    seen = []
+    with KVStore(tmp_path, memory=0) as store:
+        cache = TieredCache(model, store=store, model_id="tiny", resident="400KiB", select="full")
+        report = cache.prefill(ids, progress=lambda done, total: seen.append((done, total)))
+        assert (report.computed_tokens, report.stored_blocks) == (899, 14)
+        assert seen == [(512, 899), (899, 899)]
+        want = steps(model, cache, ids)
+    with KVStore(tmp_path, memory=0) as store:
+        cache = TieredCache(model, store=store, model_id="tiny", resident="400KiB", select="full")
+        report = cache.prefill(ids)
+        assert (report.restored_tokens, report.computed_tokens) == (896, 3)
+        torch.testing.assert_close(steps(model, cache, ids), want, rtol=1e-4, atol=1e-4)
+        half = TieredCache(
+            model, store=store, model_id="tiny", resident="400KiB", select="leoam:budget=1.0"
+        )
+        other = ids.clone()
+        other[:, 300:] = 5
+        report = half.prefill(other)
+        assert (report.restored_tokens, report.stored_blocks) == (256, 10)
+
+
+def test_codes_compute_what_they_cannot_restore(model, ids, tmp_path):
+    pytest.importorskip("faiss")
+    with KVStore(tmp_path, memory=0) as store:
+        for _ in range(2):
+            cache = TieredCache(
+                model,
+                store=store,
+                model_id="tiny",
+                resident="2MiB",
+                select="leoam:budget=1.0,codes=4,train=256",
+            )
+            assert cache.prefill(ids).restored_tokens == 0
+
+
+def test_damage_is_an_error_and_nothing_else(model, ids, tmp_path):
+    """What cannot be computed again must not be replaced by anything."""
+    cache = make(model, tmp_path, select="full", resident="300KiB")
+    cache.prefill(ids)
+    cache._pool.file._digests[1][3] ^= 1
+    with pytest.raises(CorruptDataError, match="leaf 3 of layer 1"):
+        steps(model, cache, ids, 1)
+    with pytest.raises(ConfigError, match="failed"):
+        steps(model, cache, ids, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"resident": "20KiB"}, ConfigError, "too little"),
+        ({"select": "leoam:budget=0"}, ConfigError, "budget"),
+        ({"select": "best"}, UnknownPluginError, "best"),
+        ({"scratch": "/nowhere/at/all"}, ConfigError, "leaves"),
+    ],
+)
+def test_bad_settings(model, tmp_path, options, error, says):
+    with pytest.raises(error, match=says):
+        make(model, tmp_path, **options) if "scratch" not in options else TieredCache(
+            model, **options
+        )
+
+
+def test_wrong_use(model, ids, tmp_path):
+    cache = make(model, tmp_path)
+    with pytest.raises(ConfigError, match="multiple of 64"):
+        cache.prefill(ids, chunk_tokens=100)
+    with pytest.raises(ConfigError, match="one sequence"), torch.no_grad():
+        model(input_ids=ids.repeat(2, 1), past_key_values=cache)
+    cache = make(model, tmp_path)
+    cache.prefill(ids)
+    with pytest.raises(ConfigError, match="empty"):
+        cache.prefill(ids)
+    for wrong in (
+        lambda: cache.crop(1),
+        cache.reset,
+        lambda: cache.reorder_cache(torch.tensor([0])),
+    ):
+        with pytest.raises(ConfigError):
+            wrong()
+    cache.close()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    cuts=st.lists(st.integers(1, 20), min_size=1, max_size=5),
+    tokens=st.integers(1, 5),
+    scale=st.floats(0.1, 30),
+    seed=st.integers(0, 10**6),
+)
+def test_parts_join_to_the_whole(cuts, tokens, scale, seed):
+    """Against softmax over all keys, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    total = sum(cuts) + tokens
+    query = torch.randn((2, 3, tokens, 8), generator=generator) * scale
+    keys = torch.randn((2, total, 8), generator=generator)
+    values = torch.randn((2, total, 6), generator=generator)
+    part, at = None, 0
+    for cut in cuts:
+        part = join(part, attend_part(query, keys[:, at : at + cut], values[:, at : at + cut]))
+        at += cut
+    got = join(part, attend_part(query, keys[:, at:], values[:, at:], causal=1)).output()
+    logits = torch.einsum("hgtd,hnd->hgtn", query.double(), keys.double())
+    hidden = torch.arange(total)[None] > at + torch.arange(tokens)[:, None]
+    weights = logits.masked_fill(hidden, float("-inf")).softmax(-1)
+    want = torch.einsum("hgtn,hnd->hgtd", weights, values.double())
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
