@@ -27,12 +27,12 @@ from pathlib import Path
 from typing import ClassVar, Self
 
 from kvlib.codecs.container import Buffer, header_size
-from kvlib.errors import CodecError, CorruptDataError, IncompatibleDataError, StoreClosedError
+from kvlib.errors import CorruptDataError, IncompatibleDataError, StoreClosedError
 from kvlib.keys import StoreKey
+from kvlib.store import folder
 from kvlib.store.fileio import CREATE, READ, TooLateError, read_at, scandir, write_all
-from kvlib.store.folder import PAGE, RECORD_NAME, Entry, OwnFolder, open_folder, record_key
 from kvlib.store.sizes import parse_bytes
-from kvlib.store.tier import CheckReport, TierStats, verify_part, verify_record
+from kvlib.store.tier import CheckReport, Pins, TierStats, verify_part, verify_record
 
 __all__ = ["FileStore"]
 
@@ -68,15 +68,16 @@ class FileStore:
         self._capacity = None if capacity is None else parse_bytes(capacity, "capacity")
         self._mac_key = mac_key
         self._pid = os.getpid()
-        self._lock = threading.Lock()
-        self._index: OrderedDict[StoreKey, Entry] = OrderedDict()
+        self._lock = threading.RLock()
+        self._index: OrderedDict[StoreKey, folder.Entry] = OrderedDict()
         self._stats = TierStats(capacity_bytes=self._capacity)
+        self._pins = Pins()
         self._reserved = 0
         self._last_stamp = 0
         self._counter = 0
         self._closed = False
-        open_folder(self._root)
-        self._own = OwnFolder(self._root)
+        folder.open_folder(self._root)
+        self._own = folder.OwnFolder(self._root)
         self._own.sweep()
         self._scanned = 0.0
         self._scan()
@@ -95,17 +96,14 @@ class FileStore:
         return self._root / name[:2] / f"{name}.kvlc"
 
     def _count(self, **more: int) -> None:
-        """Add to counters; the lock is held."""
-        values = {name: getattr(self._stats, name) + n for name, n in more.items()}
-        self._stats = replace(self._stats, **values)
-
-    def _counted(self, **more: int) -> None:
+        """Add to counters."""
         with self._lock:
-            self._count(**more)
+            values = {name: getattr(self._stats, name) + n for name, n in more.items()}
+            self._stats = replace(self._stats, **values)
 
     def _add(self, key: StoreKey, size: int, *, last: bool = True) -> None:
         """Put a record into the index; the lock is held."""
-        entry = Entry(size, time.monotonic())
+        entry = folder.Entry(size, time.monotonic())
         old = self._index.get(key)
         self._index[key] = entry
         self._index.move_to_end(key, last=last)
@@ -147,14 +145,16 @@ class FileStore:
         with self._lock:
             before = set(self._index)
         found: list[tuple[int, StoreKey, int]] = []
-        for folder in scandir(self._root):
-            if len(folder.name) == 2 and folder.is_dir(follow_symlinks=False):
-                for file in scandir(folder.path):
-                    match = RECORD_NAME.fullmatch(file.name)
+        for shelf in scandir(self._root):
+            if len(shelf.name) == 2 and shelf.is_dir(follow_symlinks=False):
+                for file in scandir(shelf.path):
+                    match = folder.RECORD_NAME.fullmatch(file.name)
                     try:
                         if match and file.is_file(follow_symlinks=False):
                             stat = file.stat(follow_symlinks=False)
-                            found.append((stat.st_mtime_ns, record_key(match[1]), stat.st_size))
+                            found.append(
+                                (stat.st_mtime_ns, folder.record_key(match[1]), stat.st_size)
+                            )
                     except OSError:
                         continue
         found.sort(reverse=True)
@@ -182,29 +182,33 @@ class FileStore:
             stale = time.monotonic() - self._scanned > _RESCAN_S
         if full and stale:
             self._scan()
-        victims: list[StoreKey] = []
         with self._lock:
-            while self._stats.used_bytes + self._reserved + size > self._capacity:
-                if not self._index:
-                    self._count(evicted=len(victims))
-                    return None  # the rest is reserved by writes under way
-                victims.append(next(iter(self._index)))
-                self._forget(victims[-1])
-            self._reserved += size
-            self._count(evicted=len(victims))
+            need = self._stats.used_bytes + self._reserved + size - self._capacity
+            victims = self._take_out(need)
+            if victims is not None:  # else the rest is pinned, or reserved by writes under way
+                self._reserved += size
+        return victims
+
+    def _take_out(self, need: int, *, insist: bool = True) -> list[StoreKey] | None:
+        """Forget the oldest until `need` bytes are free; if we insist, all or none (locked)."""
+        victims = []
+        for key, entry in self._index.items():
+            if need <= 0:
+                break
+            if key not in self._pins.keys:
+                victims.append(key)
+                need -= entry.physical
+        if insist and need > 0:
+            return None
+        for key in victims:
+            self._forget(key)
+        self._count(evicted=len(victims))
         return victims
 
     def _evict(self, size: int) -> None:
         """Delete the records used longest ago until `size` bytes are free."""
-        victims = []
         with self._lock:
-            freed = 0
-            while self._index and freed < size:
-                key, entry = next(iter(self._index.items()))
-                freed += entry.physical
-                victims.append(key)
-                self._forget(key)
-            self._count(evicted=len(victims))
+            victims = self._take_out(size, insist=False)
         self._remove(victims)
 
     def _remove(self, keys: Sequence[StoreKey] | None) -> None:
@@ -212,7 +216,7 @@ class FileStore:
             try:
                 self._path(key).unlink(missing_ok=True)
             except OSError:
-                self._counted(errors=1)
+                self._count(errors=1)
             self._forget_gone(key)
 
     # -- reading
@@ -241,20 +245,20 @@ class FileStore:
                 os.close(fd)
         except FileNotFoundError:
             self._forget_gone(key)
-            self._counted(misses=1)
+            self._count(misses=1)
             return None
         except TooLateError:
-            self._counted(timeouts=1, misses=1)
+            self._count(timeouts=1, misses=1)
             return None
         except CorruptDataError:
             self._drop(key, inode)
-            self._counted(corrupt=1, misses=1)
+            self._count(corrupt=1, misses=1)
             return None
         except (IncompatibleDataError, OSError):  # a later version's, under another MAC, or EIO
-            self._counted(errors=1, misses=1)
+            self._count(errors=1, misses=1)
             return None
         if got is None:
-            self._counted(misses=1)
+            self._count(misses=1)
             return None
         with self._lock:
             self._count(hits=1, read_bytes=got)
@@ -281,7 +285,7 @@ class FileStore:
         sections: Collection[int],
         deadline: float | None,
     ) -> int | None:
-        first = min(size, PAGE, out.nbytes)
+        first = min(size, folder.PAGE, out.nbytes)
         read_at(fd, out[:first], 0, deadline)
         front = header_size(out[:first])
         if front > out.nbytes:
@@ -323,15 +327,15 @@ class FileStore:
         """See `Tier.put`."""
         self._check_open()
         if self.contains_many([key])[0]:
-            self._counted(duplicates=1)
+            self._count(duplicates=1)
             self.touch([key])
             return True
         views = [memoryview(part).cast("B") for part in parts if memoryview(part).nbytes]
         size = sum(view.nbytes for view in views)
-        physical = -(-size // PAGE) * PAGE
+        physical = -(-size // folder.PAGE) * folder.PAGE
         victims = self._make_room(physical)
         if victims is None:
-            self._counted(rejected=1)
+            self._count(rejected=1)
             return False
         self._remove(victims)
         try:
@@ -346,7 +350,7 @@ class FileStore:
                     self._admit(key, size)
                     self._count(puts=1, written_bytes=size)
         if failed:
-            self._counted(rejected=1, errors=0 if failed in _NO_ROOM else 1)
+            self._count(rejected=1, errors=0 if failed in _NO_ROOM else 1)
             return False
         return True
 
@@ -424,6 +428,16 @@ class FileStore:
             except OSError:
                 continue  # gone, or not ours: the order of use is a hint
 
+    def pin(self, keys: Sequence[StoreKey]) -> None:
+        """See `Tier.pin`."""
+        with self._lock:
+            self._pins.pin(keys)
+
+    def unpin(self, keys: Sequence[StoreKey]) -> None:
+        """See `Tier.unpin`."""
+        with self._lock:
+            self._pins.unpin(keys)
+
     def delete(self, key: StoreKey) -> bool:
         """See `Tier.delete`."""
         self._check_open()
@@ -456,7 +470,7 @@ class FileStore:
         problems = []
         repaired = 0
         for key in entries:
-            problem = self._problem(key)
+            problem = folder.problem_of(self._path(key), key, self._mac_key)
             if problem:
                 problems.append(f"{key.block.hex()[:16]}: {problem}")
                 if repair:
@@ -466,14 +480,6 @@ class FileStore:
             problems.append(f"{counted} records and bytes counted, {held} held")
             repaired += repair  # the scan corrected it
         return CheckReport(records=len(entries), problems=tuple(problems), repaired=repaired)
-
-    def _problem(self, key: StoreKey) -> str | None:
-        try:
-            data = self._path(key).read_bytes()
-            verify_record(key, memoryview(data), mac_key=self._mac_key)
-        except (CodecError, OSError) as exc:
-            return str(exc)
-        return None
 
     def close(self) -> None:
         """See `Tier.close`."""

@@ -16,15 +16,25 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvlib.errors import ConfigError, IncompatibleDataError
+from kvlib.errors import CodecError, ConfigError, IncompatibleDataError
 from kvlib.keys import DIGEST_BYTES, BlockKey, StoreKey
+from kvlib.store.tier import verify_record
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["FORMAT", "PAGE", "RECORD_NAME", "Entry", "OwnFolder", "open_folder", "record_key"]
+__all__ = [
+    "FORMAT",
+    "PAGE",
+    "RECORD_NAME",
+    "Entry",
+    "OwnFolder",
+    "open_folder",
+    "problem_of",
+    "record_key",
+]
 
 FORMAT = "kvlib filestore 1\n"
 PAGE = 4096
@@ -145,3 +155,12 @@ class OwnFolder:
         shutil.rmtree(self.path, ignore_errors=True)
         self._lock_file.unlink(missing_ok=True)
         os.close(self._fd)
+
+
+def problem_of(path: Path, key: StoreKey, mac_key: bytes | None) -> str | None:
+    """What is wrong with a record's file; None if nothing is."""
+    try:
+        verify_record(key, memoryview(path.read_bytes()), mac_key=mac_key)
+    except (CodecError, OSError) as exc:
+        return str(exc)
+    return None

@@ -13,7 +13,7 @@ from kvlib.errors import CodecError, StoreClosedError
 from kvlib.keys import StoreKey
 from kvlib.store.replacement import REPLACEMENTS, Replacement, ReplacementState
 from kvlib.store.sizes import parse_bytes
-from kvlib.store.tier import CheckReport, TierStats, verify_record
+from kvlib.store.tier import CheckReport, Pins, TierStats, verify_record
 
 __all__ = ["MemoryTier"]
 
@@ -44,6 +44,7 @@ class MemoryTier:
         self._records: dict[StoreKey, bytes] | None = {}
         policy = REPLACEMENTS.build(replacement) if isinstance(replacement, str) else replacement
         self._order: ReplacementState[StoreKey] = policy.start(self._capacity)
+        self._pins = Pins()
         self._stats = TierStats(capacity_bytes=self._capacity)
 
     def _open(self) -> dict[StoreKey, bytes]:
@@ -104,7 +105,12 @@ class MemoryTier:
             if size > self._capacity or not self._order.admit(key, size):
                 self._count(rejected=1)
                 return False
-            for victim in list(self._order.victims(self._stats.used_bytes + size - self._capacity)):
+            need = self._stats.used_bytes + size - self._capacity
+            victims = list(self._order.victims(need, self._pins.keys))
+            if sum(len(records[victim]) for victim in victims) < need:  # the others are pinned
+                self._count(rejected=1)
+                return False
+            for victim in victims:
                 self._order.remove(victim, evicted=True)
                 self._count(evicted=1, records=-1, used_bytes=-len(records.pop(victim)))
             # Joined under the lock: room that is counted must not be taken twice.
@@ -131,6 +137,17 @@ class MemoryTier:
             self._open()
             for key in keys:
                 self._order.touch(key)
+
+    def pin(self, keys: Sequence[StoreKey]) -> None:
+        """See `Tier.pin`."""
+        with self._lock:
+            self._open()
+            self._pins.pin(keys)
+
+    def unpin(self, keys: Sequence[StoreKey]) -> None:
+        """See `Tier.unpin`."""
+        with self._lock:
+            self._pins.unpin(keys)
 
     def delete(self, key: StoreKey) -> bool:
         """See `Tier.delete`."""

@@ -79,6 +79,7 @@ class Room:
         self._owed: list[Entry] = []  # to be freed with the next transaction
         self._seen = 0
         self._scanned = 0.0
+        self._pins: Counter[bytes] = Counter()
         self._full_until = 0.0  # the disk: no new segment is tried
         self.evicted = 0
         self.rescan()
@@ -185,6 +186,17 @@ class Room:
             due = len(self._used) > _MAX_STAMPS
         if due:
             self._nudge()
+
+    def pin(self, names: Iterable[bytes]) -> None:
+        """Do not drop these records to make room."""
+        with self._lock:
+            self._pins.update(names)
+
+    def unpin(self, names: Iterable[bytes]) -> None:
+        """Undo one `pin` of each."""
+        with self._lock:
+            self._pins.subtract(names)
+            self._pins = +self._pins
 
     def found(self, name: bytes, entry: Entry) -> None:
         """A record was read that another process may have written."""
@@ -333,7 +345,7 @@ class Room:
                 names = [
                     name
                     for name in islice(self._policy.victims(), depth)
-                    if name not in tried and name not in self._leases
+                    if name not in tried and name not in self._leases and name not in self._pins
                 ]
                 tried.update(names)
                 pending = self._pending.keys() & names
@@ -393,7 +405,7 @@ class Room:
         dropped: list[bytes] = []
         gone = []
         with self._write() as txn:
-            victims = iter(self.names())
+            victims = iter([name for name in self.names() if name not in self._pins])
             while self._ledger.state(txn).used > self.capacity:
                 name = next(victims, None)
                 if name is None:

@@ -378,6 +378,15 @@ class SegmentStore:
         with self._use():
             self._room.touch([key.to_bytes() for key in keys])
 
+    def pin(self, keys: Sequence[StoreKey]) -> None:
+        """See `Tier.pin`."""
+        with self._use():
+            self._room.pin([key.to_bytes() for key in keys])
+
+    def unpin(self, keys: Sequence[StoreKey]) -> None:
+        """See `Tier.unpin`."""
+        self._room.unpin([key.to_bytes() for key in keys])
+
     def delete(self, key: StoreKey) -> bool:
         """See `Tier.delete`."""
         with self._use():

@@ -82,6 +82,16 @@ class TierStack:
         for tier in self.tiers:
             tier.touch(keys[::-1])
 
+    def pin(self, keys: Sequence[StoreKey]) -> None:
+        """See `Tier.pin`."""
+        for tier in self.tiers:
+            tier.pin(keys)
+
+    def unpin(self, keys: Sequence[StoreKey]) -> None:
+        """See `Tier.unpin`."""
+        for tier in self.tiers:
+            tier.unpin(keys)
+
     def delete(self, key: StoreKey) -> None:
         """Drop a record everywhere."""
         for tier in self.tiers:

@@ -32,6 +32,7 @@ from kvlib.keys import BLOCK_TOKENS, BlockKey, Extra, StoreKey, TokenIds, block_
 from kvlib.spec import EXACT, KVSpec, LayerKind
 from kvlib.store.cost import CostModel
 from kvlib.store.directory import Directory, Found, Identity
+from kvlib.store.leases import Lease, Leases
 from kvlib.store.loads import Load, Reader, load_pieces
 from kvlib.store.memory import MemoryTier
 from kvlib.store.puts import Prefetch, Put
@@ -131,6 +132,7 @@ class KVStore(SnapshotRecords):
         self._stack = TierStack(tiers, self.cost)
         touch: SecondTouch[StoreKey] | None = SecondTouch() if admission == _ADMISSIONS[1] else None
         self._second_touch = touch
+        self._leases = Leases(self._stack)
         self._pool = WorkPool(threads or min(4, os.cpu_count() or 1), "kvlib-store")
         self._lock = threading.Lock()
         self._closed = False
@@ -184,6 +186,31 @@ class KVStore(SnapshotRecords):
         return sum(
             found.count for found in self._directory.run(self._identities(spec, accept), keys)
         )
+
+    def pin(
+        self,
+        spec: KVSpec,
+        keys: Sequence[BlockKey],
+        *,
+        seconds: float = 60.0,
+        accept: Sequence[str] | None = None,
+    ) -> Lease:
+        """Keep the stored leading blocks of a prompt from being evicted, for a while.
+
+        Args:
+            spec: see `match`.
+            keys: see `match`.
+            seconds: how long, at most; an owner that dies keeps nothing for ever.
+            accept: see `match`.
+
+        Returns:
+            A lease, to be released or used as a context manager. It holds in this process: another
+            one that shares the folder may evict all the same.
+        """
+        self._check_open()
+        run = self._directory.run(self._identities(spec, accept), keys)
+        num_blocks = sum(found.count for found in run)
+        return self._leases.give([found.key for found in run], num_blocks, seconds)
 
     # -- reading
 
@@ -365,6 +392,7 @@ class KVStore(SnapshotRecords):
         self._check_open()
         spec.require(_KINDS, "KVStore")
         self._writer.check(spec, keys, block)
+        self._leases.expire()
         report = self._writer.put(spec, keys, block, self._forms(spec, fidelity))
         self._count(stored_blocks=report.stored_blocks)
         return report
@@ -402,6 +430,7 @@ class KVStore(SnapshotRecords):
         )
 
         def write() -> PutReport:
+            self._leases.expire()
             report = self._writer.put(spec, keys, copy, self._forms(spec, fidelity))
             self._count(stored_blocks=report.stored_blocks)
             return report

@@ -5,7 +5,8 @@ A record is one KVLC container, addressed by the `StoreKey` that its header echo
 first block and its storage fingerprint. A tier knows nothing of what is inside beyond that header.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol, Self, runtime_checkable
 
@@ -13,7 +14,15 @@ from kvlib.codecs.container import Buffer, Container, Header, parse_header
 from kvlib.errors import CorruptDataError
 from kvlib.keys import StoreKey
 
-__all__ = ["CheckReport", "Tier", "TierStats", "check_key", "verify_part", "verify_record"]
+__all__ = [
+    "CheckReport",
+    "Pins",
+    "Tier",
+    "TierStats",
+    "check_key",
+    "verify_part",
+    "verify_record",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +83,27 @@ class CheckReport:
         return not self.problems
 
 
+class Pins:
+    """Keys that are not evicted, each as long as somebody pins it. Used under a tier's lock."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[StoreKey] = Counter()
+
+    def pin(self, keys: Iterable[StoreKey]) -> None:
+        """Pin once more."""
+        self._counts.update(keys)
+
+    def unpin(self, keys: Iterable[StoreKey]) -> None:
+        """Undo one `pin`; keys that are not pinned are ignored."""
+        self._counts.subtract(keys)
+        self._counts = +self._counts
+
+    @property
+    def keys(self) -> Set[StoreKey]:
+        """What is pinned now."""
+        return self._counts.keys()
+
+
 @runtime_checkable
 class Tier(Protocol):
     """A medium that holds records. Thread-safe; unusable in a forked child (`StoreClosedError`).
@@ -132,6 +162,18 @@ class Tier(Protocol):
 
     def touch(self, keys: Sequence[StoreKey]) -> None:
         """Mark records as used, the last one as used last."""
+        ...
+
+    def pin(self, keys: Sequence[StoreKey]) -> None:
+        """Do not evict these records to make room, whether they are there by now or not.
+
+        They are still deleted when asked to, or found damaged. Holds for this object alone: another
+        process may evict them.
+        """
+        ...
+
+    def unpin(self, keys: Sequence[StoreKey]) -> None:
+        """Undo one `pin` of each."""
         ...
 
     def delete(self, key: StoreKey) -> bool:

@@ -4,6 +4,7 @@
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from kvlib.blocks import KVBlock
 from kvlib.codecs import Codec
@@ -13,9 +14,11 @@ from kvlib.keys import BLOCK_TOKENS, BlockKey, StoreKey
 from kvlib.spec import KVSpec
 from kvlib.store.directory import Directory, Identity
 from kvlib.store.records import groups_to_write, is_dense
-from kvlib.store.replacement.admission import SecondTouch
 from kvlib.store.reports import PutReport
 from kvlib.store.stack import TierStack
+
+if TYPE_CHECKING:
+    from kvlib.store.replacement.admission import SecondTouch
 
 __all__ = ["Form", "Staging", "Writer"]
 

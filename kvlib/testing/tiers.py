@@ -156,6 +156,29 @@ class TierContract:
             assert tier.stats().evicted > 0
             assert tier.check().ok
 
+    def test_pinned_records_stay(self, make_tier: Callable[[int], Tier]) -> None:
+        """Others make room; when all are pinned, nothing comes in; what was pinned twice stays."""
+        with make_tier(3 * (4096 + self.overhead)) as tier:
+            records = [make_record(seed, size=3000) for seed in range(8)]
+            keys = [key for key, _ in records]
+            tier.pin([keys[0], keys[1]])
+            tier.pin([keys[0]])
+            for key, parts in records[:5]:
+                assert tier.put(key, parts)
+            assert tier.contains_many(keys[:5]) == [True, True, False, False, True]
+            tier.pin([keys[4]])
+            assert not tier.put(*records[5])
+            assert tier.stats().rejected == 1
+            assert tier.contains_many(keys[:5]) == [True, True, False, False, True]
+            tier.unpin([keys[0], keys[1], keys[4]])
+            for key, parts in records[5:8]:
+                tier.put(key, parts)
+            held = tier.contains_many(keys)
+            assert held[0]
+            assert not held[1]
+            assert tier.stats().used_bytes <= 3 * (4096 + self.overhead)
+            assert tier.delete(keys[0])  # asked for, pinned or not
+
     def test_what_can_never_fit_is_rejected(self, make_tier: Callable[[int], Tier]) -> None:
         """A record larger than the capacity is dropped, counted, and evicts nothing."""
         small, large = make_record(1), make_record(2, size=20000)

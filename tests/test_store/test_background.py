@@ -213,6 +213,33 @@ def test_second_touch_forgets_the_oldest():
     assert touch.wanted(c)
 
 
+@pytest.mark.parametrize("where", ["memory", "disk", "both"])
+def test_leased_prompts_stay(tmp_path, where):
+    """Others come and go; the lease ends by itself, or when it is given back."""
+    block = random_block(SPEC, 64 * 11)
+    room = int(block.nbytes * 1.6) + 40 * 4096
+    options = {"memory": 0 if where == "disk" else room}
+    if where != "memory":
+        options.update(path=tmp_path, disk=room)
+    with KVStore(**options) as store:
+        keys = store.block_keys(SPEC, TOKENS)
+        store.put(SPEC, keys, block)
+        lease = store.pin(SPEC, keys)
+        assert lease.num_blocks == 11
+        for i in range(4):
+            filled(store, [i + 1] * len(TOKENS))
+        assert store.load(SPEC, keys).block.equal(block)
+        with store.pin(SPEC, keys, seconds=0.0):
+            lease.release()
+            lease.release()
+            time.sleep(0.001)
+            for i in range(4, 8):
+                filled(store, [i + 1] * len(TOKENS))
+        assert len(store._leases) == 0
+        # In memory what was used again outlives what passes by (ARC), without any lease.
+        assert where != "disk" or store.match(SPEC, keys) < 11
+
+
 @pytest.mark.parametrize("codec", ["int8", "kvlc"])
 def test_memory_may_hold_another_form(tmp_path, codec):
     """What was put is exact as long as memory has it, and lossy from disk."""
