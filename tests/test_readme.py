@@ -45,6 +45,18 @@ def test_restoring_a_prompt_works_as_written(tmp_path, model_folder):
     assert (int(first[1]), int(second[1])) == (0, 5)
 
 
+def test_decoding_out_of_a_store_works_as_written(tmp_path, model_folder):
+    """After the first example: the prompt is restored, and more is decoded."""
+    (restore,) = [block for block in BLOCKS if "PrefixCache" in block]
+    (tiered,) = [block for block in BLOCKS if "TieredCache" in block]
+    code = made_real(restore + tiered, model_folder)
+    code += "    print(cache.num_tokens, cache.steps)"
+    lines = run(code, tmp_path).splitlines()
+    total = int(lines[0].split()[1])
+    assert lines[0].split()[0] == "256"  # the first record, restored
+    assert lines[-1] == f"{total + 64} 64"
+
+
 def test_evicting_works_as_written(tmp_path, model_folder):
     """The cache of the first example holds a quarter; that of the second is stored and found."""
     evict, store = [block for block in BLOCKS if "KVCache" in block]
