@@ -16,6 +16,9 @@ from kvlib.codec_bench.cli import codec as bench_codec
 from kvlib.codec_cli import app as codec_app
 from kvlib.errors import KVLibError
 from kvlib.evals.cli import app as eval_app
+from kvlib.store_bench.disk_cli import store as bench_store
+from kvlib.store_bench.replay_cli import replay as bench_replay
+from kvlib.store_cli import app as store_app
 
 __all__ = ["app", "main"]
 
@@ -31,8 +34,11 @@ bench_app = typer.Typer(
     help="Measure parts of kvlib; the last line printed is JSON.", no_args_is_help=True
 )
 bench_app.command("codec")(bench_codec)
+bench_app.command("store")(bench_store)
+bench_app.command("replay")(bench_replay)
 app.add_typer(bench_app, name="bench")
 app.add_typer(codec_app, name="codec")
+app.add_typer(store_app, name="store")
 console = Console()
 
 
@@ -84,12 +90,13 @@ def demo(
 
 @app.command("list")
 def list_plugins() -> None:
-    """Print every registered policy and its parts, codec, tier and task."""
+    """Print every registered policy and its parts, codec, tier, replacement and task."""
     from kvlib.codecs import CODECS, build_codec
     from kvlib.evals.tasks import TASKS, build_task
     from kvlib.eviction import ALLOCATORS, POLICIES, PROTECTORS
     from kvlib.registry import describe
     from kvlib.store import TIERS
+    from kvlib.store.replacement import REPLACEMENTS
 
     table = Table("family", "name", "status", "lossless", "with its defaults")
     table.columns[-1].overflow = "fold"
@@ -110,6 +117,9 @@ def list_plugins() -> None:
         table.add_row(
             "tier", name, "stable", "", "survives a restart" if tier.persistent else "in memory"
         )
+    for name in REPLACEMENTS.names():
+        replacement = REPLACEMENTS.build(name)
+        table.add_row("replacement", name, replacement.status, "", describe(replacement))
     for name in TASKS.names():
         task = build_task(name)
         table.add_row("task", name, task.status, "", describe(task))

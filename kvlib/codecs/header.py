@@ -466,9 +466,7 @@ def _parse_sections(
         end = offset + stored
         decoded += raw
         sections.append(
-            SectionInfo(
-                _KINDS[kind], layer_idx, _SECTION_FLAGS[flags], offset, stored, raw, digest
-            )
+            SectionInfo(_KINDS[kind], layer_idx, _SECTION_FLAGS[flags], offset, stored, raw, digest)
         )
     if align(end, alignment) != total_bytes:
         raise CorruptDataError(f"sections end at {end} in a container of {total_bytes} bytes")

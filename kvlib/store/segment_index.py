@@ -138,10 +138,11 @@ class Index:
 
     def _guard(self) -> None:
         """Refuse to touch a map whose file was cut off or deleted underneath."""
+        least = self._least  # before we look: another thread's commit lets both grow
         status = os.fstat(self._file)
         if status.st_nlink == 0:
             raise IndexFaultError("the index was deleted")
-        if status.st_size < self._least:
+        if status.st_size < least:
             raise IndexFaultError(f"the index lost its end: {status.st_size} bytes are left")
 
     @property

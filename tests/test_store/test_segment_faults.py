@@ -294,3 +294,20 @@ def test_a_folder_that_cannot_be_opened_is_an_error(tmp_path, which):
     path.mkdir() if which == "SUPER" else path.write_text("")
     with pytest.raises(ConfigError):
         SegmentStore(tmp_path / "kv", capacity=CAPACITY)
+
+
+def test_an_index_that_grows_while_it_is_looked_at_is_whole(tmp_path, monkeypatch):
+    """A commit in another thread between the two looks is no sign of damage."""
+    key, parts = make_record(0)
+    with SegmentStore(tmp_path / "store", capacity=1 << 24) as store:
+        assert store.put(key, parts)
+        index = store._home.index
+        look = os.fstat
+
+        def slow(file):
+            status = look(file)
+            index._least = max(index._least, status.st_size + 4096)
+            return status
+
+        monkeypatch.setattr(segment_index.os, "fstat", slow)
+        assert index.last_txn > 0
