@@ -40,6 +40,7 @@ from kvlib.store.selecting.percent import Percent
 from kvlib.store.sizes import parse_bytes
 from kvlib.store.store import KVStore
 from kvlib.tiered_attention import Part, attend_part, join
+from kvlib.tiered_guess import QueryGuess
 from kvlib.tiered_layers import SPARE, Newest, TieredLayer
 
 if TYPE_CHECKING:
@@ -76,8 +77,8 @@ class TieredCache(Cache, HookedCache):
         select: method string of what chooses leaves: ``leoam:budget=0.1``, ``quest``, ``infllm``,
             ``full``, ``percent``.
         recent: newest tokens that always stay in memory, at least.
-        ahead: leaves to have in memory for the next step, as a multiple of those that a step reads;
-            what is missing is fetched meanwhile. 1 fetches nothing ahead.
+        ahead: fetch what the next layer seems to need while this one computes. It pays where a
+            layer computes for longer than choosing takes.
         model_id: see `kvlib.PrefixCache`.
         scratch: folder of the leaves' file, where it shall not be the store's.
         direct: read and write leaves past the page cache where the file system allows it.
@@ -94,7 +95,7 @@ class TieredCache(Cache, HookedCache):
         resident: int | str = "256MiB",
         select: str = "leoam:budget=0.1",
         recent: int = 64,
-        ahead: float = 1.25,
+        ahead: bool = False,
         model_id: str | None = None,
         scratch: str | os.PathLike[str] | None = None,
         direct: bool = True,
@@ -107,7 +108,6 @@ class TieredCache(Cache, HookedCache):
         self.store = store
         self.select = select
         self.resident_bytes = parse_bytes(resident, "resident")
-        self._ahead = ahead
         self._recent = max(recent, LEAF_TOKENS)
         num_layers = self.spec.num_layers
         made: list[Any] = [TieredLayer(self, i) for i in range(num_layers)]
@@ -141,6 +141,7 @@ class TieredCache(Cache, HookedCache):
         self._failed = False
         self.steps = 0
         watch(self._decoder, self)
+        self._guess = QueryGuess(self._decoder, self, self._shape.k_dim) if ahead else None
 
     # -- what it is
 
@@ -256,16 +257,20 @@ class TieredCache(Cache, HookedCache):
     def _chosen(self, index: int, raw: Tensor, query: Tensor) -> Part | None:
         """Attention to the leaves that the abstracts choose; the newest are in memory anyway."""
         sealed = self._pool.file.count(index)
-        chosen, next_best = (
-            [i for i in leaves.unique().tolist() if i < sealed]
-            for leaves in self._selection.select_more(index, raw, (1.0, self._ahead))
-        )
-        part = None
-        if chosen:
-            part = attend_part(query, *self._gather(self._pool.get(index, chosen)))
-        # The next token's query is much like this one: what just missed may well be next.
-        self._pool.prefetch(index, next_best)
-        return part
+        leaves = [i for i in self._selection.select(index, raw).unique().tolist() if i < sealed]
+        pieces = self._gather(self._pool.get(index, leaves)) if leaves else None
+        self._fetch_ahead(index + 1)  # which may take the slots of what was just copied
+        return None if pieces is None else attend_part(query, *pieces)
+
+    def _fetch_ahead(self, index: int) -> None:
+        """Begin to read what the next layer seems to need."""
+        if self._guess is None or index == self.spec.num_layers:
+            return
+        guess = self._guess.query(index)
+        if guess is not None:
+            sealed = self._pool.file.count(index)
+            chosen = self._selection.select(index, guess.cpu()).unique().tolist()
+            self._pool.prefetch(index, [i for i in chosen if i < sealed])
 
     def _gather(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Leaves in memory as keys and values [Hkv, n * LEAF_TOKENS, D], on the model's device."""
@@ -313,6 +318,7 @@ class TieredCache(Cache, HookedCache):
         """Abstracts grow with the context; leaves in memory make room for them."""
         over = self.nbytes - self.resident_bytes
         if over <= 0:
+            self._pool.regrow(-over // self._shape.slot_bytes)
             return
         count = -(-over // self._shape.slot_bytes)
         if count >= self._pool.num_slots:
@@ -326,6 +332,8 @@ class TieredCache(Cache, HookedCache):
     def end_forward(self, *, failed: bool) -> None:
         """See `kvlib.model_hooks.HookedCache`."""
         new, self._new = self._new, None
+        if self._guess is not None:
+            self._guess.forget()
         if failed or new is None or self._attended != self.spec.num_layers:
             self._failed = True
             if not failed:

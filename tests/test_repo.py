@@ -262,6 +262,7 @@ FLOORS = (
         "selection",
         "tiered",
         "tiered_attention",
+        "tiered_guess",
         "tiered_layers",
     },
     {

@@ -86,6 +86,32 @@ def test_memory_stays_within_its_bound(model, ids, tmp_path, select):
     assert asked <= 3 * 24 * (0.2 * leaves + 1) * 2  # what is asked for may count as ahead, too
 
 
+def test_the_next_layers_query_is_guessed(model, ids, tmp_path):
+    """The first layer's guess at the second is not the query, but near; leaves come ahead."""
+    cache = make(model, tmp_path, select="leoam:budget=0.3", resident="250KiB", ahead=True)
+    cache.prefill(ids)
+    guesses, queries = {}, {}
+    attend, ask = cache.attend, cache._guess.query
+
+    def remember(layer):
+        guesses[layer] = ask(layer)
+        return guesses[layer]
+
+    def see(key, call):
+        queries[call.module.layer_idx] = call.query[0]
+        return attend(key, call)
+
+    cache.attend, cache._guess.query = see, remember
+    steps(model, cache, ids, 4)
+    assert sorted(guesses) == [1, 2]
+    for layer, guess in guesses.items():
+        assert guess.shape == queries[layer].shape
+        alike = torch.cosine_similarity(guess.flatten(), queries[layer].flatten(), dim=0)
+        assert alike > 0.5
+    assert cache.stats().ahead > 0
+    assert cache._guess._seen is None
+
+
 def test_what_is_chosen_matters(model, ids, tmp_path):
     """More budget, nearer to the whole."""
     want = reference(model, ids)
@@ -156,8 +182,9 @@ def test_damage_is_an_error_and_nothing_else(model, ids, tmp_path):
     """What cannot be computed again must not be replaced by anything."""
     cache = make(model, tmp_path, select="full", resident="300KiB")
     cache.prefill(ids)
-    cache._pool.file._digests[1][3] ^= 1
-    with pytest.raises(CorruptDataError, match="leaf 3 of layer 1"):
+    known = cache._pool.file._digests[1]
+    known[:] = [digest ^ 1 for digest in known]
+    with pytest.raises(CorruptDataError, match="of layer 1 is damaged"):
         steps(model, cache, ids, 1)
     with pytest.raises(ConfigError, match="failed"):
         steps(model, cache, ids, 1)

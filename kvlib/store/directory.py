@@ -32,12 +32,14 @@ class Identity(NamedTuple):
         codec: canonical string.
         lossless: whether the codec gives back what it was given.
         storage: the storage fingerprint of all that.
+        rank: how far down the list of what is acceptable it stands.
     """
 
     ancestors: str
     codec: str
     lossless: bool
     storage: bytes
+    rank: int = 0
 
     @property
     def fidelity(self) -> str:

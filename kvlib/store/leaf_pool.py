@@ -18,6 +18,8 @@ from kvlib.store.leaves import Bytes, LeafFile
 __all__ = ["LeafPool", "LeafStats"]
 
 _READERS = 2
+_FEW = 32
+"""Leaves that are read one after another sooner than threads are woken for them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +67,10 @@ class LeafPool:
         self._usable = num_slots
         self._tensor = torch.from_numpy(self._memory)
         self._free = list(range(num_slots))[::-1]
-        self._held: OrderedDict[tuple[int, int], int] = OrderedDict()
+        self._held: dict[tuple[int, int], int] = {}
+        self._stale: OrderedDict[tuple[int, int], None] = OrderedDict()
+        self._current: dict[int, set[int]] = {}  # what each layer asked for last, that layer last
+        self._retired: list[int] = []
         self._pinned: set[tuple[int, int]] = set()
         self._coming: dict[tuple[int, int], tuple[int, Future[None]]] = {}
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="kvlib-leaves")
@@ -83,7 +88,7 @@ class LeafPool:
         return self._usable * self.file.shape.slot_bytes
 
     def retire(self, count: int) -> None:
-        """Give the memory of some slots back to the system, for good.
+        """Give the memory of some slots back to the system.
 
         Raises:
             CapacityError: none would be left.
@@ -99,6 +104,13 @@ class LeafPool:
             if hasattr(self._map, "madvise"):
                 self._map.madvise(mmap.MADV_DONTNEED, slot * size, size)
         self._usable -= len(slots)
+        self._retired.extend(slots)
+
+    def regrow(self, count: int) -> None:
+        """Take retired slots back into use, as many as there are."""
+        back = [self._retired.pop() for _ in range(min(count, len(self._retired)))]
+        self._free.extend(back)
+        self._usable += len(back)
 
     def stats(self) -> LeafStats:
         """A snapshot of the counters."""
@@ -110,27 +122,71 @@ class LeafPool:
         )
 
     def _room(self, wanted: int, keep: "set[tuple[int, int]]") -> list[int]:
-        """As many slots as there are, up to `wanted`: free ones, then those used longest ago."""
+        """As many slots as there are, up to `wanted`.
+
+        Free ones first, then those of leaves that their layer did not ask for last time, the ones
+        that were given up longest ago. What layers did ask for is asked for again in the next step,
+        layer after layer: the layer that was served last has the longest to wait, so its leaves go
+        first. (LRU would drop exactly what comes next.)
+        """
         slots = [self._free.pop() for _ in range(min(wanted, len(self._free)))]
-        if len(slots) < wanted:
-            for key in list(self._held):
-                if key not in keep and key not in self._pinned:
-                    slots.append(self._held.pop(key))
-                    self._count(evicted=1)
-                    if len(slots) == wanted:
-                        break
+        victims: list[tuple[int, int]] = []
+        missing = wanted - len(slots)
+        for key in self._stale:
+            if len(victims) == missing:
+                break
+            if key not in keep and key not in self._pinned:
+                victims.append(key)
+        for layer in reversed(self._current):
+            for leaf in sorted(self._current[layer], reverse=True):
+                if len(victims) == missing:
+                    break
+                key = layer, leaf
+                if key in self._held and key not in keep and key not in self._pinned:
+                    victims.append(key)
+        for key in victims:
+            slots.append(self._held.pop(key))
+            self._stale.pop(key, None)
+        self._count(evicted=len(victims))
         return slots
+
+    def _hold(self, key: tuple[int, int], slot: int) -> None:
+        """A leaf is in memory; nobody has asked for it since."""
+        self._held[key] = slot
+        if key[1] not in self._current.get(key[0], ()):
+            self._stale[key] = None
+
+    def _asked(self, layer: int, leaves: Sequence[int]) -> None:
+        """Remember what a layer asked for; what it no longer does is stale."""
+        mine = set(leaves)
+        for leaf in sorted(self._current.pop(layer, set()) - mine):
+            if (layer, leaf) in self._held:
+                self._stale[layer, leaf] = None
+        self._current[layer] = mine
+        for leaf in leaves:
+            self._stale.pop((layer, leaf), None)
 
     def _start(self, layer: int, leaves: Sequence[int], slots: Sequence[int]) -> None:
         """Begin to read leaves into slots."""
         if self._closed:
             raise StoreClosedError("this cache is closed")
-        step = -(-len(leaves) // _READERS)
+        step = max(-(-len(leaves) // _READERS), _FEW)
         for at in range(0, len(leaves), max(step, 1)):
             some, places = leaves[at : at + step], slots[at : at + step]
             future = self._readers.submit(self._read, layer, some, places)
             for leaf, slot in zip(some, places, strict=True):
                 self._coming[layer, leaf] = slot, future
+        self._count(fetched=len(leaves), fetched_bytes=len(leaves) * self.file.shape.slot_bytes)
+
+    def _fetch(self, layer: int, leaves: Sequence[int], slots: Sequence[int]) -> None:
+        """Read a few leaves here and now."""
+        try:
+            self._read(layer, leaves, slots)
+        except BaseException:
+            self._free.extend(slots)
+            raise
+        for leaf, slot in zip(leaves, slots, strict=True):
+            self._hold((layer, leaf), slot)
         self._count(fetched=len(leaves), fetched_bytes=len(leaves) * self.file.shape.slot_bytes)
 
     def _read(self, layer: int, leaves: Sequence[int], slots: Sequence[int]) -> None:
@@ -149,7 +205,7 @@ class LeafPool:
                 failed = exc
                 self._free.append(slot)
             else:
-                self._held[layer, leaf] = slot
+                self._hold((layer, leaf), slot)
             del self._coming[layer, leaf]
         if failed is not None:
             raise failed
@@ -162,7 +218,7 @@ class LeafPool:
                 if future.cancelled() or future.exception() is not None:
                     self._free.append(slot)
                 else:
-                    self._held[key] = slot
+                    self._hold(key, slot)
 
     def prefetch(self, layer: int, leaves: Sequence[int]) -> None:
         """Begin to read those of these leaves that memory does not hold, as far as there is room.
@@ -212,7 +268,11 @@ class LeafPool:
                     if key not in wanted:
                         self._land(key[0], [key[1]])
                 slots += self._room(len(missing) - len(slots), wanted)
-            self._start(layer, missing, sorted(slots))
+            slots.sort()
+            if len(missing) > _FEW:
+                self._start(layer, missing, slots)
+            else:
+                self._fetch(layer, missing, slots)
         if missing or ahead:
             self._land(layer, leaves)
         self._count(
@@ -220,8 +280,7 @@ class LeafPool:
             ahead=len(ahead),
             wait_seconds=perf_counter() - begun if missing or ahead else 0.0,
         )
-        for leaf in leaves:
-            self._held.move_to_end((layer, leaf))
+        self._asked(layer, leaves)
         return torch.tensor([self._held[layer, leaf] for leaf in leaves], dtype=torch.int64)
 
     def pin(self, layer: int, leaves: Sequence[int]) -> None:
@@ -251,7 +310,7 @@ class LeafPool:
                 break
             place = self._free.pop()
             self._memory[place] = slot
-            self._held[layer, first + i] = place
+            self._hold((layer, first + i), place)
 
     def close(self) -> None:
         """Give memory and file up."""

@@ -75,6 +75,8 @@ class Leases:
     def expire(self) -> None:
         """Take back those whose time is over: their owner forgot them, or died."""
         now = monotonic()
+        if not self._given:
+            return
         with self._lock:
             over = [lease for lease in self._given if lease.until < now]
         for lease in over:

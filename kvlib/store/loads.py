@@ -5,10 +5,12 @@ The run of leading blocks that a load will give is known only in the end: a reco
 read, verified or decoded ends it there. Until then the run only ever becomes shorter.
 """
 
+import logging
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from time import monotonic, perf_counter
 
@@ -20,7 +22,7 @@ from kvlib.codecs.container import Container
 from kvlib.codecs.unpack import decode_block
 from kvlib.errors import CapacityError, CodecError, ShapeError, StoreClosedError
 from kvlib.keys import BLOCK_TOKENS, StoreKey
-from kvlib.spec import EXACT, KVSpec
+from kvlib.spec import KVSpec
 from kvlib.store.cost import CostModel
 from kvlib.store.directory import Found
 from kvlib.store.records import allocate, is_dense
@@ -30,7 +32,7 @@ from kvlib.store.work import Priority, Task, WorkPool
 
 __all__ = ["Load", "Reader", "load_pieces"]
 
-_STEP = 1e-3  # of priority, between the records and layers of a load
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -98,6 +100,7 @@ class Load:
         self._spec = spec
         self._asked = asked
         self._priority = priority
+        self._number = reader.pool.number()  # older loads are finished before newer ones begin
         self._deadline = deadline
         self._changed = threading.Condition()
         self._ending = threading.Lock()
@@ -113,20 +116,27 @@ class Load:
             spec, sum(found.count for found in run) * BLOCK_TOKENS
         )
         for i in range(len(run)):
-            self._submit(i, partial(self._read, i), i * _STEP / max(len(run), 1))
+            self._submit(i, partial(self._read, i), i / max(len(run), 1))
 
     # -- what the threads do
 
     def _submit(self, i: int, call: Callable[[], None], later: float) -> None:
         """Queue a task of a record; if it is never begun, the run ends before that record."""
+        me = weakref.ref(self)  # else tasks, their callbacks and the tensors keep each other
 
         def ended(task: Future[None]) -> None:
-            if task.cancelled() or task.exception() is not None:
-                self._end_at(i)
+            load = me()
+            if load is not None and (task.cancelled() or task.exception() is not None):
+                load._end_at(i)
+            if not task.cancelled() and task.exception() is not None:
+                _LOG.error("a load failed unexpectedly", exc_info=task.exception())
 
         try:
             task = self._reader.pool.submit(
-                call, priority=self._priority + later, deadline=self._deadline
+                call,
+                priority=self._priority,
+                deadline=self._deadline,
+                order=(self._number, later),
             )
         except StoreClosedError:
             self._end_at(i)
@@ -175,7 +185,7 @@ class Load:
             self._decode(i, container, None)
             return
         for at, batch in enumerate(batches):
-            later = _STEP * (1 + at + i / max(len(self._records), 1))
+            later = 1 + at + i / max(len(self._records), 1)
             self._submit(i, partial(self._decode, i, container, batch), later)
 
     def _spoilt(self, i: int) -> None:
@@ -205,7 +215,10 @@ class Load:
             )
             if any(not is_dense(layer) for layer in block.layers):
                 raise ShapeError("record of evicted tokens under a prefix key")
-        except (CodecError, ShapeError, CapacityError):
+        except CapacityError:  # there is no memory now: the record is as good as before
+            self._end_at(i)
+            return
+        except (CodecError, ShapeError):
             self._spoilt(i)
             return
         self._reader.cost.decode(block.nbytes, perf_counter() - begun)
@@ -265,9 +278,18 @@ class Load:
             raise ShapeError(f"layer {layer_idx} of a model with {self._spec.num_layers} layers")
         batches = layer_idx // len(self._batches[0]) + 1
         with self._changed:
-            self._changed.wait_for(lambda: self._arrived(batches) == self._limit, timeout)
+            self._changed.wait_for(
+                lambda: self._arrived(batches) == self._limit, self._patience(timeout)
+            )
             arrived = self._records[: self._arrived(batches)]
             return sum(record.found.count for record in arrived)
+
+    def _patience(self, timeout: float | None) -> float | None:
+        """Seconds to wait at most: nobody waits beyond the deadline."""
+        if self._deadline is None:
+            return timeout
+        left = max(self._deadline - monotonic(), 0.0)
+        return left if timeout is None else min(left, timeout)
 
     def cancel(self) -> None:
         """Give up what has not arrived; `result` has what did."""
@@ -289,7 +311,9 @@ class Load:
         """
         last = len(self._batches)
         with self._changed:
-            self._changed.wait_for(lambda: self._arrived(last) == self._limit, timeout)
+            self._changed.wait_for(
+                lambda: self._arrived(last) == self._limit, self._patience(timeout)
+            )
         with self._ending:
             if self._result is None:
                 self.cancel()
@@ -299,6 +323,8 @@ class Load:
     def _end(self) -> Loaded:
         arrived = self._records[: self._limit]
         blocks = self._blocks()
+        for record in self._records:
+            record.tasks.clear()
         self._reader.finished([record.found for record in arrived], blocks, self._asked)
         if not blocks:
             return Loaded()
@@ -306,22 +332,23 @@ class Load:
         out = self.tensors
         if tokens < out[0][0].shape[1]:  # give the rest back
             out = [(k[:, :tokens].clone(), v[:, :tokens].clone()) for k, v in out]
-        every = [record.found.identity.fidelity for record in arrived]
-        lossy = [fidelity for fidelity in every if fidelity != EXACT]
+        worst = max((record.found.identity for record in arrived), key=lambda x: x.rank)
         return Loaded(
             num_blocks=blocks,
             block=KVBlock.dense(self._spec, out, start=self._origin * BLOCK_TOKENS),
-            fidelity=lossy[-1] if lossy else EXACT,
+            fidelity=worst.fidelity,
             stored_bytes=sum(record.stored_bytes for record in arrived),
         )
 
 
-def load_pieces(reader: Reader, spec: KVSpec, run: Sequence[Found]) -> Iterator[Loaded]:
+def load_pieces(reader: Reader, spec: KVSpec, run: Sequence[Found], asked: int) -> Iterator[Loaded]:
     """Load a run record by record, the next one while the caller has the last."""
+    given: list[Found] = []
+    quiet = replace(reader, finished=lambda *_: None)  # counted and touched as one load, at the end
 
     def begin(found: Found) -> Load:
         return Load(
-            reader,
+            quiet,
             spec,
             [found],
             found.count,
@@ -331,11 +358,15 @@ def load_pieces(reader: Reader, spec: KVSpec, run: Sequence[Found]) -> Iterator[
         )
 
     coming = begin(run[0]) if run else None
-    for i in range(len(run)):
-        load, coming = coming, begin(run[i + 1]) if i + 1 < len(run) else None
-        loaded = Loaded() if load is None else load.result()
-        if not loaded.num_blocks:
-            if coming is not None:
-                coming.cancel()
-            return
-        yield loaded
+    try:
+        for i, found in enumerate(run):
+            load, coming = coming, begin(run[i + 1]) if i + 1 < len(run) else None
+            loaded = Loaded() if load is None else load.result()
+            if not loaded.num_blocks:
+                break
+            given.append(found)
+            yield loaded
+    finally:
+        if coming is not None:
+            coming.cancel()
+        reader.finished(given, sum(found.count for found in given), asked)

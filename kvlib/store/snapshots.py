@@ -122,6 +122,8 @@ class SnapshotRecords:
             if container.header.keys != (name,):
                 raise CorruptDataError("a record under the key of another snapshot")
             return decode_snapshot(container, spec, method)
-        except (CodecError, ShapeError, CapacityError):
+        except CapacityError:
+            return None
+        except (CodecError, ShapeError):
             self._spoilt(key)
             return None

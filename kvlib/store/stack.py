@@ -3,7 +3,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from time import perf_counter
+from time import monotonic, perf_counter
 
 import numpy as np
 
@@ -38,7 +38,11 @@ class TierStack:
 
         They are put into the tiers above the one that had them. Concurrent reads are one.
         """
-        return self._flight.run(("get", key), lambda: self._read(key, deadline))
+        while True:
+            data, shared = self._flight.run(("get", key), lambda: self._read(key, deadline))
+            if data is not None or not shared or (deadline is not None and monotonic() > deadline):
+                return data, shared
+            # Another caller's read, which may have had less time than we have.
 
     def _read(self, key: StoreKey, deadline: float | None) -> memoryview | None:
         for depth, tier in enumerate(self.tiers):

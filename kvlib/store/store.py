@@ -16,14 +16,16 @@ ago is always the end of a prompt, and eviction never takes a parent before its 
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from math import lcm
 from pathlib import Path
 from typing import Self
 
 from kvlib.blocks import KVBlock
 from kvlib.codecs import Codec, build_codec, codec_from_canonical
-from kvlib.codecs.base import codec_fingerprint, describe_codec
+from kvlib.codecs.base import describe_codec
 from kvlib.errors import (
     ConfigError,
     StoreClosedError,
@@ -44,7 +46,7 @@ from kvlib.store.snapshots import SnapshotRecords
 from kvlib.store.stack import TierStack, open_disk
 from kvlib.store.tier import CheckReport, Tier
 from kvlib.store.work import Priority, WorkPool
-from kvlib.store.writes import Form, Staging, Writer
+from kvlib.store.writes import Staging, Writer, forms_of, identities_of
 
 __all__ = ["BLOCKS_PER_RECORD", "KVStore", "Loaded", "PutReport", "StoreStats"]
 
@@ -122,6 +124,15 @@ class KVStore(SnapshotRecords):
             raise ConfigError(
                 "memory_codec needs a memory tier and a path; with one tier, codec says it all"
             )
+        if len(self._codecs) > 1 and not self.memory_codec.lossless:
+            raise ConfigError(
+                f"memory_codec={describe_codec(self.memory_codec)!r} loses something: only a "
+                "lossless one saves what another form on disk has lost"
+            )
+        if len(self._codecs) > 1 and admission != _ADMISSIONS[0]:
+            raise ConfigError(
+                "admission='second-touch' needs one codec for both tiers: leave memory_codec out"
+            )
         tiers: list[Tier] = []
         if memory_bytes:
             tiers.append(MemoryTier(memory_bytes, mac_key=mac_key))
@@ -163,11 +174,7 @@ class KVStore(SnapshotRecords):
         """The forms a request accepts, best first."""
         if accept is None:
             accept = (EXACT, *(t for t, codec in self._codecs.items() if not codec.lossless))
-        return [
-            Identity(f, text, codec.lossless, codec_fingerprint(spec, codec, fidelity=f))
-            for f in dict.fromkeys(accept)
-            for text, codec in self._codecs.items()
-        ]
+        return identities_of(spec, self._codecs, accept)
 
     # -- looking up
 
@@ -208,6 +215,7 @@ class KVStore(SnapshotRecords):
             one that shares the folder may evict all the same.
         """
         self._check_open()
+        self._leases.expire()
         run = self._directory.run(self._identities(spec, accept), keys)
         num_blocks = sum(found.count for found in run)
         return self._leases.give([found.key for found in run], num_blocks, seconds)
@@ -265,7 +273,7 @@ class KVStore(SnapshotRecords):
         Raises:
             ConfigError: the model has recurrent layers.
         """
-        group = self.codec.caps(spec).layer_group
+        group = lcm(*(codec.caps(spec).layer_group for codec in self._codecs.values()))
         step = max(layers or -(-spec.num_layers // _LAYER_BATCHES), 1)
         return self._load(spec, keys, accept, -(-step // group) * group, priority, deadline)
 
@@ -286,9 +294,9 @@ class KVStore(SnapshotRecords):
         """
         self._check_open()
         spec.require(_KINDS, "KVStore")
-        return load_pieces(
-            self._reader, spec, self._directory.run(self._identities(spec, accept), keys)
-        )
+        self._leases.expire()
+        run = self._directory.run(self._identities(spec, accept), keys)
+        return load_pieces(self._reader, spec, run, len(keys))
 
     def _load(
         self,
@@ -301,6 +309,7 @@ class KVStore(SnapshotRecords):
     ) -> Load:
         self._check_open()
         spec.require(_KINDS, "KVStore")
+        self._leases.expire()
         run = self._directory.run(self._identities(spec, accept), keys)
         return Load(
             self._reader,
@@ -314,9 +323,9 @@ class KVStore(SnapshotRecords):
 
     def _finished(self, arrived: Sequence[Found], blocks: int, asked: int) -> None:
         self._count(loads=1, hit_blocks=blocks, missed_blocks=asked - blocks)
-        self._stack.touch([found.key for found in arrived])
-        if self._second_touch is not None:
-            for found in arrived:
+        with suppress(StoreClosedError):  # what has arrived is there all the same
+            self._stack.touch([found.key for found in arrived])
+            for found in arrived if self._second_touch is not None else ():
                 write = partial(self._writer.copy_down, found.key)
                 self._pool.submit(write, priority=Priority.STORE)
 
@@ -392,10 +401,7 @@ class KVStore(SnapshotRecords):
         self._check_open()
         spec.require(_KINDS, "KVStore")
         self._writer.check(spec, keys, block)
-        self._leases.expire()
-        report = self._writer.put(spec, keys, block, self._forms(spec, fidelity))
-        self._count(stored_blocks=report.stored_blocks)
-        return report
+        return self._write(spec, keys, block, fidelity)
 
     def put_async(
         self, spec: KVSpec, keys: Sequence[BlockKey], block: KVBlock, *, fidelity: str = EXACT
@@ -423,29 +429,35 @@ class KVStore(SnapshotRecords):
             dropped = (block.stop - block.start) // BLOCK_TOKENS
             self._count(staging_drops=dropped)
             return Put(None, PutReport(dropped_blocks=dropped))
+        try:
+            return self._put_copy(spec, keys, block, fidelity, size)
+        except BaseException:
+            self._staging.give(size)
+            raise
+
+    def _put_copy(
+        self, spec: KVSpec, keys: Sequence[BlockKey], block: KVBlock, fidelity: str, size: int
+    ) -> Put:
+        """Begin to store a copy, whose bytes are reserved."""
         copy = KVBlock.dense(
             spec,
             [(x.keys.cpu().clone(), x.values.cpu().clone()) for x in block.layers],
             start=block.start,
         )
 
-        def write() -> PutReport:
-            self._leases.expire()
-            report = self._writer.put(spec, keys, copy, self._forms(spec, fidelity))
-            self._count(stored_blocks=report.stored_blocks)
-            return report
-
+        write = partial(self._write, spec, keys, copy, fidelity)
         task = self._pool.submit(write, priority=Priority.STORE)
         task.add_done_callback(lambda _: self._staging.give(size))
         return Put(task, None)
 
-    def _forms(self, spec: KVSpec, fidelity: str) -> list[Form]:
-        """What is written where."""
-        identities = self._identities(spec, (fidelity,))
-        if len(identities) == 1:
-            return [Form(identities[0], self.codec, None)]
-        quick, small = identities
-        return [Form(quick, self.memory_codec, False), Form(small, self.codec, True)]
+    def _write(
+        self, spec: KVSpec, keys: Sequence[BlockKey], block: KVBlock, fidelity: str
+    ) -> PutReport:
+        self._leases.expire()
+        forms = forms_of(self._identities(spec, (fidelity,)), self._codecs)
+        report = self._writer.put(spec, keys, block, forms)
+        self._count(stored_blocks=report.stored_blocks)
+        return report
 
     # -- upkeep
 

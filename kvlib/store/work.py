@@ -42,23 +42,22 @@ class Task(Future[T]):
 
     def __init__(self, call: Callable[[], T], deadline: float | None) -> None:
         super().__init__()
-        self._call = call
+        self._call: Callable[[], T] | None = call
         self._deadline = deadline
 
     def run(self) -> None:
         """Do it, unless it was cancelled or its time is over (then it counts as cancelled)."""
         if self._deadline is not None and monotonic() > self._deadline:
             self.cancel()
-        if not self.set_running_or_notify_cancel():
+        call, self._call = self._call, None  # it may hold much, also when it is never made
+        if not self.set_running_or_notify_cancel() or call is None:
             return
         try:
-            result = self._call()
+            result = call()
         except BaseException as exc:  # noqa: BLE001 (whoever waits gets it)
             self.set_exception(exc)
         else:
             self.set_result(result)
-        finally:
-            del self._call  # and what it holds
 
     def outcome(self) -> T | None:
         """The result once it is there; None if it was cancelled or too late."""
@@ -66,6 +65,9 @@ class Task(Future[T]):
             return self.result()
         except CancelledError:
             return None
+
+
+_Entry = tuple[float, int, float, int, Task[Any]]  # priority, number, place, when it came
 
 
 class WorkPool:
@@ -79,8 +81,8 @@ class WorkPool:
     def __init__(self, threads: int, name: str) -> None:
         self._ready = threading.Condition()
         self._order = count()
-        self._loads: list[tuple[float, int, Task[Any]]] = []
-        self._stores: list[tuple[float, int, Task[Any]]] = []
+        self._loads: list[_Entry] = []
+        self._stores: list[_Entry] = []
         self._in_a_row = 0
         self._closed = False
         self._threads = [
@@ -90,19 +92,26 @@ class WorkPool:
         for thread in self._threads:
             thread.start()
 
+    def number(self) -> int:
+        """A place in the order, for several tasks of one cause; see `submit`."""
+        return next(self._order)
+
     def submit(
         self,
         call: Callable[[], T],
         *,
         priority: float = Priority.DEMAND,
         deadline: float | None = None,
+        order: tuple[int, float] | None = None,
     ) -> Task[T]:
         """Queue a call.
 
         Args:
             call: what to do.
-            priority: see `Priority`; numbers between are allowed. Equal ones go in order.
+            priority: see `Priority`; numbers between are allowed.
             deadline: `time.monotonic()` after which it is not begun any more.
+            order: among those of equal priority, smaller ones first: a `number` and a place under
+                it. None: behind all that came before.
 
         Raises:
             StoreClosedError: the pool is closed.
@@ -112,7 +121,8 @@ class WorkPool:
         with self._ready:
             if self._closed:
                 raise StoreClosedError("this store is closed")
-            heapq.heappush(queue, (priority, next(self._order), task))
+            number, place = (next(self._order), 0.0) if order is None else order
+            heapq.heappush(queue, (priority, number, place, next(self._order), task))
             self._ready.notify()
         return task
 
@@ -125,9 +135,9 @@ class WorkPool:
                 self._ready.wait()
             if self._stores and (not self._loads or self._in_a_row >= FAIR):
                 self._in_a_row = 0
-                return heapq.heappop(self._stores)[2]
+                return heapq.heappop(self._stores)[-1]
             self._in_a_row += 1
-            return heapq.heappop(self._loads)[2]
+            return heapq.heappop(self._loads)[-1]
 
     def _work(self) -> None:
         while True:
@@ -143,8 +153,9 @@ class WorkPool:
             self._closed = True
             loads, self._loads = self._loads, []
             self._ready.notify_all()
-        for _, _, task in loads:
+        for *_, task in loads:
             task.cancel()
+            task.run()  # tells those that wait; the call is not made
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join()

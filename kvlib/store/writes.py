@@ -2,12 +2,13 @@
 """How blocks become records: what is missing is cut, encoded and put, the end of a prompt first."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kvlib.blocks import KVBlock
 from kvlib.codecs import Codec
+from kvlib.codecs.base import codec_fingerprint
 from kvlib.codecs.pack import encode_block
 from kvlib.errors import ShapeError
 from kvlib.keys import BLOCK_TOKENS, BlockKey, StoreKey
@@ -20,7 +21,7 @@ from kvlib.store.stack import TierStack
 if TYPE_CHECKING:
     from kvlib.store.replacement.admission import SecondTouch
 
-__all__ = ["Form", "Staging", "Writer"]
+__all__ = ["Form", "Staging", "Writer", "forms_of", "identities_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,35 @@ class Form:
     identity: Identity
     codec: Codec
     persistent: bool | None
+
+
+def identities_of(
+    spec: KVSpec, codecs: Mapping[str, Codec], accept: Sequence[str]
+) -> list[Identity]:
+    """The forms in which blocks are acceptable, best first.
+
+    Args:
+        spec: what the numbers mean.
+        codecs: by canonical string, best first.
+        accept: fidelities of ancestors, best first.
+    """
+    forms = [(f, text, codec) for f in dict.fromkeys(accept) for text, codec in codecs.items()]
+    return [
+        Identity(
+            ancestors=f,
+            codec=text,
+            lossless=codec.lossless,
+            storage=codec_fingerprint(spec, codec, fidelity=f),
+            rank=rank,
+        )
+        for rank, (f, text, codec) in enumerate(forms)
+    ]
+
+
+def forms_of(identities: Sequence[Identity], codecs: Mapping[str, Codec]) -> list[Form]:
+    """What is written where: one form everywhere, or the first in memory and the second on disk."""
+    tiers = (None,) if len(identities) == 1 else (False, True)
+    return [Form(x, codecs[x.codec], tier) for x, tier in zip(identities, tiers, strict=True)]
 
 
 class Staging:

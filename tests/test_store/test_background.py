@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads, puts and prefetches that go on while the caller does something else."""
 
+import gc
 import threading
 import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from kvlib import KVStore
-from kvlib.errors import ConfigError, ShapeError
+from kvlib.errors import CapacityError, ConfigError, ShapeError
 from kvlib.store import loads
 from kvlib.store.replacement.admission import SecondTouch
 from kvlib.testing.models import random_block, tiny_spec
@@ -114,6 +117,104 @@ def test_a_timeout_ends_a_load_with_what_is_there(tmp_path):
         assert load.result().num_blocks == 0  # it stays what it was
 
 
+def test_a_load_is_freed_with_its_last_user(tmp_path):
+    """Its tasks and their callbacks do not keep it, nor its tensors."""
+    gc.collect()
+    gc.disable()
+    try:
+        with KVStore(tmp_path, memory=0) as store:
+            filled(store)
+            done, dropped = begin(store), begin(store)
+            seen = [weakref.ref(load) for load in (done, dropped)]
+            assert done.result().num_blocks == 11
+            del done, dropped
+            store._pool.submit(lambda: None, priority=5).result(20)
+            time.sleep(0.05)
+            assert [ref() for ref in seen] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_nobody_waits_beyond_a_deadline(tmp_path):
+    with KVStore(tmp_path, memory=0, threads=1) as store:
+        filled(store)
+        go = threading.Event()
+        store._pool.submit(lambda: go.wait(20))
+        load = begin(store, deadline=time.monotonic() + 0.05)
+        assert load.wait_layer(0) == 0
+        assert load.result().num_blocks == 0
+        assert not go.is_set()
+        go.set()
+
+
+def test_a_read_given_up_by_one_is_done_for_another(tmp_path):
+    """A caller without a deadline does not get the miss of one that had too little time."""
+    with KVStore(tmp_path, memory=0, tier="file") as store:
+        filled(store)
+        (tier,) = store._stack.tiers
+        key = next(iter(tier.keys()))
+        begun, get_into, size = threading.Event(), tier.get_into, tier.size(key)
+
+        def slow(key, buf, sections=None, deadline=None):
+            begun.set()
+            time.sleep(0.05)
+            return get_into(key, buf, sections, deadline)
+
+        tier.get_into = slow
+        with ThreadPoolExecutor(2) as pool:
+            first = pool.submit(store._stack.read, key, time.monotonic() + 0.01)
+            assert begun.wait(20)
+            second = pool.submit(store._stack.read, key)
+            assert first.result()[0] is None
+            assert len(second.result()[0]) == size
+
+
+def test_want_of_memory_loses_no_record(tmp_path, monkeypatch):
+    with KVStore(tmp_path, memory=0) as store:
+        filled(store)
+        decode = loads.decode_block
+
+        def fail(*args, **options):
+            raise CapacityError("no memory")
+
+        monkeypatch.setattr(loads, "decode_block", fail)
+        assert begin(store).result().num_blocks == 0
+        monkeypatch.setattr(loads, "decode_block", decode)
+        assert begin(store).result().num_blocks == 11
+        assert store.stats().corrupt_records == 0
+
+
+def test_older_loads_are_finished_first(tmp_path):
+    with KVStore(tmp_path, memory=0, threads=1) as store:
+        filled(store)
+        go = threading.Event()
+        store._pool.submit(lambda: go.wait(20))
+        load = begin(store, layers=1)
+        newer = [begin(store, layers=1) for _ in range(3)]
+        go.set()
+        assert load.result().num_blocks == 11
+        assert not newer[-1].done()
+        assert newer[-1].result().num_blocks == 11
+
+
+def test_after_closing_nothing_hangs(tmp_path):
+    """What has arrived is there; what has not is a miss."""
+    with KVStore(tmp_path, memory=0) as store:
+        filled(store)
+    store = KVStore(tmp_path, memory="8MiB", threads=1)
+    keys = store.block_keys(SPEC, TOKENS)
+    there = begin(store)
+    there.wait_layer(SPEC.num_layers - 1)
+    go = threading.Event()
+    store._pool.submit(lambda: go.wait(20))
+    prefetch, load = store.prefetch(SPEC, keys), begin(store)
+    threading.Timer(0.05, go.set).start()
+    store.close()
+    assert prefetch.result(20) == 0
+    assert load.result().num_blocks == 0
+    assert there.result().num_blocks == 11
+
+
 def test_pieces_come_one_record_at_a_time(tmp_path):
     with KVStore(tmp_path, memory=0, tier="file") as store:
         block = filled(store)
@@ -132,6 +233,8 @@ def test_pieces_come_one_record_at_a_time(tmp_path):
         store._stack.delete(names[keys[8]])
         store._directory.forget(names[keys[8]])
         assert [p.block.stop for p in store.load_pieces(SPEC, keys)] == [256, 512]
+        order = [keys.index(key.block) for key in store._stack.tiers[0].keys()]
+        assert order.index(4) < order.index(0)  # the start is used last, so it goes last
         assert list(store.load_pieces(SPEC, [])) == []
         # A record that another prompt shares in part.
         other = TOKENS[: 64 * 6] + [7] * 128
@@ -267,6 +370,9 @@ def test_memory_may_hold_another_form(tmp_path, codec):
         ({"tier": "tape"}, "'segment' or 'file'"),
         ({"memory": 0, "memory_codec": "int8"}, "memory_codec needs"),
         ({"staging": "many"}, "staging"),
+        ({"codec": "int4", "memory_codec": "int8"}, "loses something"),
+        ({"memory_codec": "int8", "codec": "exact"}, "loses something"),
+        ({"codec": "int8", "memory_codec": "exact", "admission": "second-touch"}, "one codec"),
     ],
 )
 def test_bad_settings_say_what_to_do(tmp_path, settings, says):

@@ -123,11 +123,11 @@ class _Coded(LayerSelector):
         if queries is not None:
             rows = self.shape.grouped(queries).double()
             self._second += rows.transpose(1, 2) @ rows
-        self._keys.append(keys.float().clone())
+        self._keys.append(keys.to(torch.bfloat16))
         if self.num_tokens + keys.shape[1] < self._method.train:
             self._early.append(keys)
             return
-        held = torch.cat(self._keys, 1)
+        held = torch.cat(self._keys, 1).float()
         if not self._second.any():  # keys out of a store come without queries
             self._second += torch.eye(self.shape.dim)
         book = Codebook.train(held, self._second, parts=self._method.codes)

@@ -98,23 +98,5 @@ class Selection:
             int64 [kv_heads or 1, n], ascending in each row: with 1 row, the same for all heads. The
             last leaf, which may be unfinished, is always among them.
         """
-        return self.select_more(layer, query, (1.0,))[0]
-
-    def select_more(self, layer: int, query: Tensor, shares: Sequence[float]) -> list[Tensor]:
-        """Leaves for several budgets at once.
-
-        Args:
-            layer: see `select`.
-            query: see `select`.
-            shares: of the layer's budget, one for each answer.
-        """
         held = self._layers[layer]
-        relevance = held.relevance(query)
-        return [
-            self.selector.choose(
-                relevance,
-                held.num_tokens,
-                self.shares[layer] * share,
-            )
-            for share in shares
-        ]
+        return self.selector.choose(held.relevance(query), held.num_tokens, self.shares[layer])

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A guess at the next layer's query, so that what it needs is fetched while this layer computes.
+
+What goes into the attention of one layer is much like what goes into that of the next, since
+layers add little to the residual stream. So the next layer's own projection of this layer's input
+is a good guess at its query (InfiniGen, arXiv 2406.19707). It decides only what is fetched early,
+never what is attended to.
+"""
+
+import sys
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvlib.model_hooks import running, untraced
+
+__all__ = ["QueryGuess"]
+
+
+class QueryGuess:
+    """Looks at the attention modules of a model, for one cache.
+
+    Models whose attention has no `q_proj` of a known form give no guesses.
+
+    Args:
+        decoder: see `kvlib.model_hooks.decoder_of`.
+        cache: whose passes to look at, and whose life the hooks share.
+        dim: channels of a query.
+    """
+
+    def __init__(self, decoder: nn.Module, cache: object, dim: int) -> None:
+        self._dim = dim
+        self._modules = {
+            int(getattr(module, "layer_idx")): module  # noqa: B009 (else it is a tensor or a module)
+            for module in decoder.modules()
+            if isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "q_proj")
+        }
+        self._seen: tuple[Any, Any] | None = None
+        owner = weakref.ref(cache)
+        mine = weakref.ref(self)
+
+        @untraced
+        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            guess = mine()
+            if guess is not None and running() is owner():
+                hidden = kwargs.get("hidden_states", args[0] if args else None)
+                guess._seen = hidden, kwargs.get("position_embeddings")
+
+        handles = [
+            module.register_forward_pre_hook(look, with_kwargs=True)
+            for module in self._modules.values()
+        ]
+        weakref.finalize(cache, _remove, handles).atexit = False
+
+    def forget(self) -> None:
+        """Let go of what was seen."""
+        self._seen = None
+
+    @torch.no_grad()
+    def query(self, layer: int) -> Tensor | None:
+        """The query [Hq, 1, D] that a layer may have in this step; None if there is no telling."""
+        module: Any = self._modules.get(layer)
+        if module is None or self._seen is None:
+            return None
+        hidden, angles = self._seen
+        rotate: Any = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
+        if not isinstance(hidden, Tensor) or hidden.shape[:2] != (1, 1) or rotate is None:
+            return None
+        query = module.q_proj(hidden)
+        if query.shape[-1] % self._dim or not isinstance(angles, tuple) or len(angles) != 2:
+            return None
+        query = query.unflatten(-1, (-1, self._dim))
+        if hasattr(module, "q_norm"):
+            query = module.q_norm(query)
+        query = query.transpose(1, 2)
+        turned: Tensor = rotate(query, query, *angles)[0]
+        return turned[0]
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
