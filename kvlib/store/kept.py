@@ -139,8 +139,8 @@ class _KeptSegments(SegmentStore):
     def let_go(self) -> None:
         try:
             self._room.sweep()
-            self._room.capacity = self._room.held()[1]
-            self._room.shrink()
+            self._room.capacity = 0
+            self._room.shrink(evict=False)
         except IndexFaultError as exc:
             raise StoreError(f"the records are gone, their room is not: {exc}") from exc
 
@@ -195,10 +195,12 @@ def open_kept(
     """
     if tier_of(path) == "file":
         return _KeptFiles(path, capacity=capacity, mac_key=mac_key)
+    shrink = capacity is not None
     if capacity is None:
         granule = Super.parse((path / "SUPER").read_bytes(), str(path / "SUPER")).granule
         capacity = sum(find_segments(path).values()) + nbytes + records * (PAGE + granule)
-    return _KeptSegments(path, capacity=capacity, mac_key=mac_key)
+    # Others may have put more by now: to look at a store must not evict it.
+    return _KeptSegments(path, capacity=capacity, mac_key=mac_key, shrink=shrink)
 
 
 def make_kept(path: Path, kind: Kind, *, mac_key: bytes | None = None) -> Kept:

@@ -396,7 +396,7 @@ class Room:
             except CorruptDataError:
                 return len(self._ledger.repair(txn))
 
-    def shrink(self) -> None:
+    def shrink(self, *, evict: bool = True) -> None:
         """Drop records until the capacity holds, and whole segments that it has no use for.
 
         Raises:
@@ -406,7 +406,7 @@ class Room:
         gone = []
         with self._write() as txn:
             victims = iter([name for name in self.names() if name not in self._pins])
-            while self._ledger.state(txn).used > self.capacity:
+            while evict and self._ledger.state(txn).used > self.capacity:
                 name = next(victims, None)
                 if name is None:
                     break

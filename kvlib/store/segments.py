@@ -81,6 +81,7 @@ class SegmentStore:
         direct: use O_DIRECT where the file system takes it.
         index_bytes: most bytes the index may take; None for enough.
         policy: which record goes first when room is needed; None for the one used longest ago.
+        shrink: drop what is beyond the capacity now, not only when something is put.
 
     Raises:
         ConfigError: a bad size, or the folder is foreign, damaged or cannot be made.
@@ -106,6 +107,7 @@ class SegmentStore:
         direct: bool = True,
         index_bytes: int | str | None = None,
         policy: Replacement | None = None,
+        shrink: bool = True,
     ) -> None:
         if not supports():
             raise ConfigError("a segment store needs POSIX I/O; use the file tier on this system")
@@ -150,7 +152,8 @@ class SegmentStore:
                 policy=LRU() if policy is None else policy,
                 nudge=self._commit.nudge,
             )
-            self._room.shrink()
+            if shrink:
+                self._room.shrink()
         except IndexFaultError as exc:
             self._home.close()
             raise ConfigError(f"cannot open a store in {path}: {exc}") from exc

@@ -69,15 +69,15 @@ class KVStore(SnapshotRecords):
         mac_key: 16 to 64 secret bytes: records are authenticated, not only checksummed.
         threads: threads that read, decode, encode and write.
         tier: the disk tier: ``segment`` (local disks), ``file`` (network file systems, and
-            systems other than Linux), or None for what the folder holds, else the first that works.
+            other systems), or None for what the folder holds, else for what the system has.
         memory_codec: codec of the memory tier's records, where it is another one; a lossless one
             saves the decoding of what is asked for often. Blocks are encoded once for either.
         admission: which blocks go to disk: ``always``, or those wanted for the second time
             (``second-touch``).
         staging: most bytes of blocks that wait in `put_async`.
 
-    Thread-safe. Concurrent loads of a record read it once, concurrent puts write it once. Must be
-    opened again after a fork. Use as a context manager, or call `close`.
+    Thread-safe; concurrent loads of a record read it once, concurrent puts write it once. Open it
+    again after a fork. Use it as a context manager, or call `close`.
 
     Attributes:
         path: folder of the disk tier, None without one.
@@ -175,8 +175,6 @@ class KVStore(SnapshotRecords):
         if accept is None:
             accept = (EXACT, *(t for t, codec in self._codecs.items() if not codec.lossless))
         return identities_of(spec, self._codecs, accept)
-
-    # -- looking up
 
     def match(
         self, spec: KVSpec, keys: Sequence[BlockKey], *, accept: Sequence[str] | None = None
@@ -454,8 +452,8 @@ class KVStore(SnapshotRecords):
         self, spec: KVSpec, keys: Sequence[BlockKey], block: KVBlock, fidelity: str
     ) -> PutReport:
         self._leases.expire()
-        forms = forms_of(self._identities(spec, (fidelity,)), self._codecs)
-        report = self._writer.put(spec, keys, block, forms)
+        identities = self._identities(spec, (fidelity,))
+        report = self._writer.put(spec, keys, block, forms_of(identities, self._codecs))
         self._count(stored_blocks=report.stored_blocks)
         return report
 
