@@ -8,7 +8,7 @@ every weight file.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +18,17 @@ from kvlib.keys import Namespace, digest
 from kvlib.spec import DTYPES, KVSpec, LayerKind, LayerSpec, RopeSpec, RopeState
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
-__all__ = ["CACHE_FOLDER", "files_identity", "layer_specs", "model_identity", "spec_for_model"]
+__all__ = [
+    "CACHE_FOLDER",
+    "files_identity",
+    "layer_specs",
+    "model_identity",
+    "one_sequence",
+    "spec_for_model",
+]
 
 CACHE_FOLDER = Path("~/.cache/kvlib")
 """Where kvlib keeps what it can make again: hashes of weight files, converted demo models."""
@@ -250,3 +258,22 @@ def _rope(config: Any, layer_type: str, head_dim: int, first_channel: int = 0) -
         interleaved=config.model_type in _INTERLEAVED,
         first_channel=first_channel,
     )
+
+
+def one_sequence(input_ids: "Tensor | Sequence[int]") -> "Tensor":
+    """The token ids of one sequence, int [T] or [1, T], as [T].
+
+    Raises:
+        ConfigError: several sequences, or something else.
+    """
+    import torch
+
+    ids = torch.as_tensor(input_ids)
+    if ids.dim() == 2 and ids.shape[0] == 1:
+        ids = ids[0]
+    if ids.dim() != 1 or ids.dtype.is_floating_point:
+        raise ConfigError(
+            f"expected the token ids of one sequence, int [T] or [1, T]; got {ids.dtype} "
+            f"{tuple(ids.shape)}"
+        )
+    return ids

@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicLayer
 from kvlib.blocks import KVBlock
 from kvlib.errors import ConfigError
 from kvlib.keys import BLOCK_TOKENS, BlockKey, Extra
-from kvlib.model_spec import spec_for_model
+from kvlib.model_spec import one_sequence, spec_for_model
 from kvlib.spec import EXACT, LayerKind
 from kvlib.store.store import KVStore, PutReport
 
@@ -112,7 +112,7 @@ class PrefixCache:
             A cache for `model.generate(input_ids, past_key_values=cache)`; empty if nothing is
             stored.
         """
-        ids = _flat(input_ids)
+        ids = one_sequence(input_ids)
         keys = self._keys(ids[: max(len(ids) - 1, 0)])
         loaded = self.store.load(self.spec, keys, deadline=deadline)
         cache = RestoredCache(config=self.model.config)
@@ -142,7 +142,7 @@ class PrefixCache:
         Raises:
             ConfigError: the cache holds another kind of layer, several sequences, or nothing.
         """
-        ids = _flat(input_ids)
+        ids = one_sequence(input_ids)
         layers: list[tuple[Tensor, Tensor]] = []
         for index, layer in enumerate(cache.layers):
             shape = tuple(getattr(getattr(layer, "keys", None), "shape", ()))
@@ -179,7 +179,7 @@ class PrefixCache:
             progress: called with (tokens done, tokens in all) after the restore and after each
                 chunk.
         """
-        ids = _flat(input_ids)
+        ids = one_sequence(input_ids)
         if len(ids) == 0:
             raise ConfigError("there are no tokens to prefill")
         cache = self.restore(ids)
@@ -222,7 +222,7 @@ class PrefixCache:
             ConfigError: several sequences or beams, padding, or a `past_key_values` of the
                 caller's.
         """
-        ids = _flat(input_ids)
+        ids = one_sequence(input_ids)
         if attention_mask is not None and not bool(attention_mask.all()):
             raise ConfigError(
                 "attention_mask has zeros: PrefixCache takes one sequence without padding"
@@ -250,15 +250,3 @@ class PrefixCache:
         if save:
             self.save(ids, cache)
         return output
-
-
-def _flat(input_ids: "Tensor | Sequence[int]") -> Tensor:
-    ids = torch.as_tensor(input_ids)
-    if ids.dim() == 2 and ids.shape[0] == 1:
-        ids = ids[0]
-    if ids.dim() != 1 or ids.dtype.is_floating_point:
-        raise ConfigError(
-            f"expected the token ids of one sequence, int [T] or [1, T]; got {ids.dtype} "
-            f"{tuple(ids.shape)}"
-        )
-    return ids

@@ -11,8 +11,9 @@ last. A decoding step asks the abstracts which leaves its query needs, fetches t
 memory, and attends to them and the newest tokens alone. Passes over several tokens (a prompt, a
 question) attend to everything, leaves streaming by: they are exact.
 
-Every byte counts towards `resident`: keys, values, abstracts, staging. One sequence; models with
-full attention in every layer.
+What is held between the layers of a pass counts towards `resident`: keys, values, abstracts, room
+to grow. What one layer works with comes on top: the leaves it attends to at a time, logits, and in
+`prefill` a piece of the prompt. One sequence; models with full attention in every layer.
 """
 
 import os
@@ -31,7 +32,7 @@ from kvlib.cache_columns import Columns, NewColumns
 from kvlib.errors import CapacityError, ConfigError
 from kvlib.keys import BLOCK_TOKENS, BlockKey
 from kvlib.model_hooks import AttentionCall, HookedCache, decoder_of, untraced, watch
-from kvlib.model_spec import spec_for_model
+from kvlib.model_spec import one_sequence, spec_for_model
 from kvlib.spec import EXACT, LayerKind
 from kvlib.store.leaf_pool import LeafPool, LeafStats
 from kvlib.store.leaves import LEAF_TOKENS, LeafFile, LeafShape, aligned
@@ -73,7 +74,7 @@ class TieredCache(Cache, HookedCache):
         model: a decoder with full attention in every layer.
         store: where `prefill` looks for the prompt's blocks and stores new ones; its folder holds
             the leaves' file. None: nothing outlives the cache.
-        resident: most bytes in memory.
+        resident: most bytes in memory, what a layer works with aside.
         select: method string of what chooses leaves: ``leoam:budget=0.1``, ``quest``, ``infllm``,
             ``full``, ``percent``.
         recent: newest tokens that always stay in memory, at least.
@@ -139,9 +140,10 @@ class TieredCache(Cache, HookedCache):
         self._attended = 0
         self._saving: list[tuple[Tensor, Tensor]] | None = None
         self._failed = False
+        self._filling = False  # a prompt: attention is to everything
         self.steps = 0
         watch(self._decoder, self)
-        self._guess = QueryGuess(self._decoder, self, self._shape.k_dim) if ahead else None
+        self._guess = QueryGuess(self._decoder, self, heads, self._shape.k_dim) if ahead else None
 
     # -- what it is
 
@@ -176,10 +178,7 @@ class TieredCache(Cache, HookedCache):
         """See `kvlib.model_hooks.HookedCache`."""
         if decoder is not self._decoder:
             raise ConfigError("this TieredCache was made for another model; make one for each")
-        if self._failed:
-            raise ConfigError(
-                "an earlier forward pass over this TieredCache failed: make a new one"
-            )
+        self._check_usable()
         if arguments.get("output_attentions"):
             raise ConfigError("TieredCache returns no attention weights: leave them out")
         new = self._columns.read(arguments)
@@ -188,6 +187,12 @@ class TieredCache(Cache, HookedCache):
         self._new = new
         self._attended = 0
         self._columns.add(new, to_prompt=True)
+
+    def _check_usable(self) -> None:
+        if self._failed:
+            raise ConfigError(
+                "an earlier forward pass over this TieredCache failed: make a new one"
+            )
 
     def expect_update(self, layer_idx: int) -> None:
         """Refuse keys that do not come from a forward pass of the cache's own model."""
@@ -235,7 +240,7 @@ class TieredCache(Cache, HookedCache):
             index, keys.cpu(), call.query[0].cpu() if self._method.needs_queries else None
         )
         part: Part | None = None
-        if query.shape[2] == 1 and self._sparse:
+        if query.shape[2] == 1 and self._sparse and not self._filling:
             part = self._chosen(index, call.query[0].cpu(), query)
         else:
             for some_keys, some_values in self._stream(index):
@@ -258,9 +263,15 @@ class TieredCache(Cache, HookedCache):
         """Attention to the leaves that the abstracts choose; the newest are in memory anyway."""
         sealed = self._pool.file.count(index)
         leaves = [i for i in self._selection.select(index, raw).unique().tolist() if i < sealed]
-        pieces = self._gather(self._pool.get(index, leaves)) if leaves else None
-        self._fetch_ahead(index + 1)  # which may take the slots of what was just copied
-        return None if pieces is None else attend_part(query, *pieces)
+        part, step = None, self._pool.num_slots  # a choice may be more than memory holds
+        for at in range(0, len(leaves), step):
+            pieces = self._gather(self._pool.get(index, leaves[at : at + step]))
+            if at + step >= len(leaves):
+                self._fetch_ahead(index + 1)  # which may take the slots of what was just copied
+            part = join(part, attend_part(query, *pieces))
+        if not leaves:
+            self._fetch_ahead(index + 1)
+        return part
 
     def _fetch_ahead(self, index: int) -> None:
         """Begin to read what the next layer seems to need."""
@@ -344,7 +355,7 @@ class TieredCache(Cache, HookedCache):
             return
         self._columns.advance(new)
         self._columns.settle(keep_positions=False)
-        self.steps += new.num == 1
+        self.steps += new.num == 1 and not self._filling
 
     # -- whole prompts
 
@@ -374,7 +385,10 @@ class TieredCache(Cache, HookedCache):
         Raises:
             ConfigError: the cache is not empty, or a bad `chunk_tokens`.
         """
-        ids = torch.as_tensor(input_ids).reshape(-1)
+        ids = one_sequence(input_ids)
+        if not len(ids):
+            raise ConfigError("there are no tokens to prefill")
+        self._check_usable()
         if self.num_tokens:
             raise ConfigError(
                 f"prefill wants an empty cache; this one has {self.num_tokens} tokens"
@@ -383,13 +397,21 @@ class TieredCache(Cache, HookedCache):
             raise ConfigError(f"chunk_tokens={chunk_tokens}: expected a multiple of {BLOCK_TOKENS}")
         total = len(ids) - 1
         keys = self._keys(ids[:total])
-        done, fidelity = self._restore(keys, ids, total, progress)
+        try:
+            done, fidelity = self._restore(keys, ids, total, progress)
+        except BaseException:
+            self._failed = True  # layers may differ in what they took
+            raise
         restored, stored = done, 0
         while done < total:
             count = min(chunk_tokens - done % chunk_tokens, total - done)
             self._saving = [] if save and self.store is not None else None
             chunk = ids[None, done : done + count].to(self._model.device)
-            self._model.base_model(input_ids=chunk, past_key_values=self, use_cache=True)
+            self._filling = True
+            try:
+                self._model.base_model(input_ids=chunk, past_key_values=self, use_cache=True)
+            finally:
+                self._filling = False
             stored += self._save(keys, done, fidelity)
             done += count
             if progress is not None:
@@ -451,5 +473,5 @@ class TieredCache(Cache, HookedCache):
         raise ConfigError("a TieredCache cannot be cropped")
 
     def close(self) -> None:
-        """Give memory and file up."""
+        """Give the file up; the memory goes with the cache."""
         self._pool.close()

@@ -52,7 +52,7 @@ def attend_part(query: Tensor, keys: Tensor, values: Tensor, *, causal: int | No
     if causal is not None and tokens > 1:
         seen = torch.arange(tokens, device=query.device)[:, None] + causal
         hidden = torch.arange(keys.shape[1], device=query.device) >= seen
-        logits = logits.masked_fill(hidden, float("-inf"))
+        logits.masked_fill_(hidden, float("-inf"))
     largest = logits.amax(dim=-1)
     weights = logits.sub_(largest[..., None]).exp_()
     total = weights.sum(dim=-1)

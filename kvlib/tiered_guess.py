@@ -30,8 +30,8 @@ class QueryGuess:
         dim: channels of a query.
     """
 
-    def __init__(self, decoder: nn.Module, cache: object, dim: int) -> None:
-        self._dim = dim
+    def __init__(self, decoder: nn.Module, cache: object, heads: int, dim: int) -> None:
+        self._heads, self._dim = heads, dim
         self._modules = {
             int(getattr(module, "layer_idx")): module  # noqa: B009 (else it is a tensor or a module)
             for module in decoder.modules()
@@ -68,6 +68,13 @@ class QueryGuess:
         rotate: Any = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
         if not isinstance(hidden, Tensor) or hidden.shape[:2] != (1, 1) or rotate is None:
             return None
+        try:
+            return self._query(module, rotate, hidden, angles)
+        except Exception:  # noqa: BLE001 (a model of another form: a guess never fails a pass)
+            self._modules.clear()
+            return None
+
+    def _query(self, module: Any, rotate: Any, hidden: Tensor, angles: Any) -> Tensor | None:
         query = module.q_proj(hidden)
         if query.shape[-1] % self._dim or not isinstance(angles, tuple) or len(angles) != 2:
             return None
@@ -76,7 +83,7 @@ class QueryGuess:
             query = module.q_norm(query)
         query = query.transpose(1, 2)
         turned: Tensor = rotate(query, query, *angles)[0]
-        return turned[0]
+        return turned[0] if turned.shape[1] == self._heads else None
 
 
 def _remove(handles: list[Any]) -> None:

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from kvlib import KVStore, TieredCache
-from kvlib.errors import ConfigError, CorruptDataError, UnknownPluginError
+from kvlib.errors import CapacityError, ConfigError, CorruptDataError, UnknownPluginError
+from kvlib.store import blockio
 from kvlib.store.leaves import LEAF_TOKENS
 from kvlib.testing.models import tiny_model
 from kvlib.tiered_attention import attend_part, join
@@ -178,6 +179,60 @@ def test_codes_compute_what_they_cannot_restore(model, ids, tmp_path):
             assert cache.prefill(ids).restored_tokens == 0
 
 
+def test_a_prompt_is_never_attended_to_in_part(model, ids, tmp_path):
+    """Not even where a last piece has one token."""
+    cache = make(model, tmp_path, select="leoam:budget=0.05")
+    cache.prefill(ids[:, :514])
+    assert cache.steps == 0
+    whole = DynamicCache()
+    with torch.no_grad():
+        model(input_ids=ids[:, :513], past_key_values=whole)
+    for index, newest in enumerate(cache._newest):
+        keys, values = newest.all()
+        torch.testing.assert_close(keys[:, -1], whole.layers[index].keys[0, :, -1])
+        torch.testing.assert_close(values[:, -1], whole.layers[index].values[0, :, -1])
+
+
+def test_a_choice_may_be_more_than_memory_holds(model, ids, tmp_path):
+    cache = make(model, tmp_path, select="leoam:budget=1.0", resident="150KiB")
+    cache.prefill(ids)
+    assert cache._pool.num_slots < cache._pool.file.count(0)
+    torch.testing.assert_close(
+        steps(model, cache, ids), reference(model, ids), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_failed_restore_ends_the_cache(model, ids, tmp_path, monkeypatch):
+    with KVStore(tmp_path, memory=0) as store:
+        options = {"store": store, "model_id": "tiny", "resident": "400KiB", "select": "full"}
+        TieredCache(model, **options).prefill(ids)
+        cache = TieredCache(model, **options)
+        pwrite, calls = blockio.pwrite, []
+
+        def fail(*args):
+            calls.append(args)
+            if len(calls) == 2:
+                raise OSError(28, "No space left on device")
+            return pwrite(*args)
+
+        monkeypatch.setattr(blockio, "pwrite", fail)
+        with pytest.raises(CapacityError):
+            cache.prefill(ids)
+        with pytest.raises(ConfigError, match="failed"):
+            cache.prefill(ids)
+
+
+@pytest.mark.parametrize("kind", ["Olmo2Config", "StableLmConfig"])
+def test_a_guess_never_fails_a_pass(kind, ids, tmp_path):
+    """Models whose queries are made in another way."""
+    other = tiny_model(kind)
+    small = ids % other.config.vocab_size
+    cache = make(other, tmp_path, select="leoam:budget=1.0", ahead=True)
+    cache.prefill(small[:, :400])
+    got, want = steps(other, cache, small[:, :400], 3), reference(other, small[:, :400])[:3]
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
 def test_damage_is_an_error_and_nothing_else(model, ids, tmp_path):
     """What cannot be computed again must not be replaced by anything."""
     cache = make(model, tmp_path, select="full", resident="300KiB")
@@ -208,6 +263,10 @@ def test_bad_settings(model, tmp_path, options, error, says):
 
 def test_wrong_use(model, ids, tmp_path):
     cache = make(model, tmp_path)
+    with pytest.raises(ConfigError, match="one sequence"):
+        cache.prefill(ids.repeat(2, 1))
+    with pytest.raises(ConfigError, match="no tokens"):
+        cache.prefill(ids[:, :0])
     with pytest.raises(ConfigError, match="multiple of 64"):
         cache.prefill(ids, chunk_tokens=100)
     with pytest.raises(ConfigError, match="one sequence"), torch.no_grad():

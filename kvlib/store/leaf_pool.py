@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The leaves of a long context that memory holds: those used last; see `kvlib.store.leaves`."""
+"""The leaves of a long context that memory holds; see `kvlib.store.leaves`."""
 
 import mmap
+import threading
 from collections import OrderedDict
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence, Set
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from time import perf_counter
 
@@ -44,7 +45,7 @@ class LeafStats:
 
 
 class LeafPool:
-    """The leaves of a context that are in memory: those used last.
+    """The leaves of a context that are in memory: those that layers asked for last.
 
     Args:
         file: all leaves.
@@ -96,8 +97,8 @@ class LeafPool:
         if count >= self._usable:
             raise CapacityError(f"{count} of {self._usable} slots for leaves are to be given up")
         slots = self._room(count, set())
-        for key in list(self._coming) if len(slots) < count else []:
-            self._land(key[0], [key[1]])
+        if len(slots) < count:
+            self._settle(set())
         slots += self._room(count - len(slots), set())
         size = self.file.shape.slot_bytes
         for slot in slots:
@@ -137,7 +138,7 @@ class LeafPool:
                 break
             if key not in keep and key not in self._pinned:
                 victims.append(key)
-        for layer in reversed(self._current):
+        for layer in reversed(self._current) if len(victims) < missing else ():
             for leaf in sorted(self._current[layer], reverse=True):
                 if len(victims) == missing:
                     break
@@ -210,10 +211,15 @@ class LeafPool:
         if failed is not None:
             raise failed
 
-    def _harvest(self) -> None:
+    def _settle(self, but: Set[tuple[int, int]]) -> None:
+        """Wait for what nobody has asked for; what failed will fail again for those who do."""
+        wait([future for key, (_, future) in self._coming.items() if key not in but])
+        self._harvest(but)
+
+    def _harvest(self, but: Set[tuple[int, int]] = frozenset()) -> None:
         """Take in what has arrived without anybody asking; what failed will fail again for them."""
         for key, (slot, future) in list(self._coming.items()):
-            if future.done():
+            if future.done() and key not in but:
                 del self._coming[key]
                 if future.cancelled() or future.exception() is not None:
                     self._free.append(slot)
@@ -264,9 +270,7 @@ class LeafPool:
         if missing:
             slots = self._room(len(missing), wanted)
             if len(slots) < len(missing):  # prefetches of other layers took the rest
-                for key in list(self._coming):
-                    if key not in wanted:
-                        self._land(key[0], [key[1]])
+                self._settle(wanted)
                 slots += self._room(len(missing) - len(slots), wanted)
             slots.sort()
             if len(missing) > _FEW:
@@ -294,7 +298,7 @@ class LeafPool:
         return self._tensor
 
     def add(self, layer: int, slots: Bytes) -> None:
-        """Append leaves to the file, and keep the last of them in memory while there is room.
+        """Append leaves to the file, and keep them in memory while there is room.
 
         Args:
             layer: which.
@@ -313,8 +317,16 @@ class LeafPool:
             self._hold((layer, first + i), place)
 
     def close(self) -> None:
-        """Give memory and file up."""
+        """Give the file up, and end the threads."""
         if not self._closed:
             self._closed = True
-            self._readers.shutdown(wait=True, cancel_futures=True)
-            self.file.close()
+            self._readers.shutdown(wait=False, cancel_futures=True)
+            if threading.current_thread().name.startswith("kvlib-leaves"):
+                # Garbage collection may run this in a reader, which cannot wait for itself.
+                threading.Thread(target=self._finish).start()
+            else:
+                self._finish()
+
+    def _finish(self) -> None:
+        self._readers.shutdown(wait=True)
+        self.file.close()

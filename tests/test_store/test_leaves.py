@@ -211,6 +211,22 @@ def test_retired_slots_are_gone(file):
     pool.close()
 
 
+def test_prefetches_that_failed_trouble_only_those_who_ask(file):
+    """No slot is lost with them, and no other leaf."""
+    pool = LeafPool(file, 8)
+    for layer in range(3):
+        slots, _, _ = make(SHAPE, 12, layer)
+        pool.add(layer, slots)
+    file._digests[1][9] ^= 1
+    pool.prefetch(1, range(4, 12))
+    for _ in range(3):
+        assert len(bytes_of(pool, 2, range(8))) == 8
+    with pytest.raises(CorruptDataError):
+        pool.get(1, [9])
+    assert sorted([*pool._held.values(), *pool._free]) == list(range(8))
+    pool.close()
+
+
 def test_no_room():
     with pytest.raises(ConfigError, match="more memory"):
         LeafPool(LeafFile(SHAPE, 1), 0)
