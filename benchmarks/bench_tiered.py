@@ -8,6 +8,7 @@ everything in memory. `full` streams all leaves in every step, a layer ahead: wh
 beat. Its rate is held against plain reading of the same file, in the same minute.
 """
 
+import shutil
 import statistics
 import sys
 import tempfile
@@ -23,7 +24,7 @@ import kvlib
 from kvlib.smollm2 import load_smollm2
 from kvlib.store.leaves import RUN_LEAVES, LeafFile, aligned
 
-METHODS = "full;percent:resident=0.2;infllm:budget=0.1;quest:budget=0.1;leoam:budget=0.1"
+METHODS = "full;percent:resident=0.1;quest:budget=0.15;leoam:budget=0.15;leoam:codes=16,budget=0.15"
 
 
 def raw_rate(file: LeafFile, layers: int, stop: float) -> float:
@@ -75,6 +76,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=128)
     parser.add_argument("--resident", type=float, default=0.2, help="share of the KV in memory")
     parser.add_argument("--methods", default=METHODS, help="separated by ;")
+    parser.add_argument("--ahead", default="leoam:budget=0.15", help="those also with ahead=True")
     args = parser.parse_args()
     torch.set_num_threads(1)
     model, tokenizer = load_smollm2(torch.float32)
@@ -85,11 +87,17 @@ def main() -> None:
     note = lambda text: print(text, end="", file=sys.stderr, flush=True)  # noqa: E731
     caches, rows = {}, {}
     with kvlib.KVStore(folder, memory=0, disk="4GiB") as store:
-        for method in args.methods.split(";"):
+        plain_methods = [(method, False) for method in args.methods.split(";")]
+        for method, ahead in plain_methods + [(m, True) for m in args.ahead.split(";") if m]:
             spec_bytes = args.tokens * 2 * 30 * 3 * 64 * 4
             cache = kvlib.TieredCache(
-                model, store=store, resident=int(args.resident * spec_bytes), select=method
+                model,
+                store=store,
+                resident=int(args.resident * spec_bytes),
+                select=method,
+                ahead=ahead,
             )
+            method = f"{method}, ahead" if ahead else method
             begun = time.perf_counter()
             report = cache.prefill(
                 context, progress=lambda a, b, m=method: note(f"\r{m}: {a} of {b} tokens")
@@ -154,6 +162,7 @@ def main() -> None:
         )
     for cache in caches.values():
         cache.close()
+    shutil.rmtree(folder, ignore_errors=True)
     common.finish("tiered", result, args.json)
 
 

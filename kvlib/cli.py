@@ -90,13 +90,14 @@ def demo(
 
 @app.command("list")
 def list_plugins() -> None:
-    """Print every registered policy and its parts, codec, tier, replacement and task."""
+    """Print every registered policy and its parts, codec, tier, replacement, selector and task."""
     from kvlib.codecs import CODECS, build_codec
     from kvlib.evals.tasks import TASKS, build_task
     from kvlib.eviction import ALLOCATORS, POLICIES, PROTECTORS
     from kvlib.registry import describe
     from kvlib.store import TIERS
     from kvlib.store.replacement import REPLACEMENTS
+    from kvlib.store.selecting import SELECTORS
 
     table = Table("family", "name", "status", "lossless", "with its defaults")
     table.columns[-1].overflow = "fold"
@@ -120,6 +121,8 @@ def list_plugins() -> None:
     for name in REPLACEMENTS.names():
         replacement = REPLACEMENTS.build(name)
         table.add_row("replacement", name, replacement.status, "", describe(replacement))
+    for name in SELECTORS.names():
+        table.add_row("selector", name, "experimental", "", describe(SELECTORS.build(name)))
     for name in TASKS.names():
         task = build_task(name)
         table.add_row("task", name, task.status, "", describe(task))
