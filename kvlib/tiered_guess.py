@@ -37,17 +37,8 @@ class QueryGuess:
             for module in decoder.modules()
             if isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "q_proj")
         }
-        self._seen: tuple[Any, Any] | None = None
-        owner = weakref.ref(cache)
-        mine = weakref.ref(self)
-
-        @untraced
-        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            guess = mine()
-            if guess is not None and running() is owner():
-                hidden = kwargs.get("hidden_states", args[0] if args else None)
-                guess._seen = hidden, kwargs.get("position_embeddings")
-
+        self.seen: tuple[Any, Any] | None = None
+        look = _Look(weakref.ref(self), weakref.ref(cache))
         handles = [
             module.register_forward_pre_hook(look, with_kwargs=True)
             for module in self._modules.values()
@@ -56,15 +47,15 @@ class QueryGuess:
 
     def forget(self) -> None:
         """Let go of what was seen."""
-        self._seen = None
+        self.seen = None
 
     @torch.no_grad()
     def query(self, layer: int) -> Tensor | None:
         """The query [Hq, 1, D] that a layer may have in this step; None if there is no telling."""
         module: Any = self._modules.get(layer)
-        if module is None or self._seen is None:
+        if module is None or self.seen is None:
             return None
-        hidden, angles = self._seen
+        hidden, angles = self.seen
         rotate: Any = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
         if not isinstance(hidden, Tensor) or hidden.shape[:2] != (1, 1) or rotate is None:
             return None
@@ -84,6 +75,23 @@ class QueryGuess:
         query = query.transpose(1, 2)
         turned: Tensor = rotate(query, query, *angles)[0]
         return turned[0] if turned.shape[1] == self._heads else None
+
+
+class _Look:
+    """The hook; a copied or saved model takes it along, and there it sees nothing."""
+
+    def __init__(self, guess: Any = None, owner: Any = None) -> None:
+        self._guess, self._owner = guess, owner
+
+    def __reduce__(self) -> Any:
+        return _Look, ()
+
+    @untraced
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        guess = None if self._guess is None else self._guess()
+        if guess is not None and running() is self._owner():
+            hidden = kwargs.get("hidden_states", args[0] if args else None)
+            guess.seen = hidden, kwargs.get("position_embeddings")
 
 
 def _remove(handles: list[Any]) -> None:

@@ -2,6 +2,7 @@
 """Decoding out of a store: exact where everything is read, near it where a part is."""
 
 import os
+import pickle
 
 import pytest
 import torch
@@ -110,7 +111,9 @@ def test_the_next_layers_query_is_guessed(model, ids, tmp_path):
         alike = torch.cosine_similarity(guess.flatten(), queries[layer].flatten(), dim=0)
         assert alike > 0.5
     assert cache.stats().ahead > 0
-    assert cache._guess._seen is None
+    assert cache._guess.seen is None
+    copied = pickle.loads(pickle.dumps(model))  # noqa: S301 (our own)
+    copied(input_ids=ids[:, :8])
 
 
 def test_what_is_chosen_matters(model, ids, tmp_path):
