@@ -2,41 +2,50 @@
 """The examples of docs/store.md and docs/tiered.md work as written."""
 
 import re
-import time
+import subprocess
+import sys
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM
-
-import kvlib
-from kvlib.store.memory import MemoryTier
-from kvlib.testing.models import random_block, tiny_spec
-
 DOCS = Path(__file__).parent.parent / "docs"
+STORE = """
+from kvlib.testing.models import random_block, tiny_spec
+spec = tiny_spec()
+keys = store.block_keys(spec, list(range(640)))
+store.put(spec, keys, random_block(spec, 640))
+"""
+MODEL = """
+import torch
+import kvlib
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({folder!r})
+input_ids = torch.arange(3, 403)[None] % model.config.vocab_size
+"""
 
 
 def blocks(name: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (DOCS / name).read_text(), flags=re.DOTALL)
+    text = (DOCS / name).read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+
+
+def run(*code: str, folder: Path) -> list[str]:
+    text = "\n".join(code).replace("~/kv", str(folder))
+    done = subprocess.run(
+        [sys.executable, "-c", text], capture_output=True, text=True, check=False, cwd=folder
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
 
 
 def test_the_store(tmp_path):
     opening, loading, tier, *_ = blocks("store.md")
-    place = {"kvlib": kvlib, "time": time, "MemoryTier": MemoryTier, "spec": tiny_spec()}
-    exec(opening.replace("~/kv", str(tmp_path)), place)
-    store, spec = place["store"], place["spec"]
-    keys = place["keys"] = store.block_keys(spec, list(range(640)))
-    store.put(spec, keys, random_block(spec, 640))
-    exec(loading, place)
-    assert place["blocks"] == place["loaded"].num_blocks == 10
-    assert place["keys_"].shape[1] == 640
-    store.close()
-    exec(tier, place)
+    seen = "print(blocks, loaded.num_blocks, keys_.shape[1])\nstore.close()"
+    more = "from kvlib.store.memory import MemoryTier"
+    code = ("import time\nimport kvlib", opening, STORE, loading, seen, more, tier)
+    assert run(*code, folder=tmp_path) == ["10", "10", "640"]
 
 
 def test_decoding_out_of_it(tmp_path, text_model_folder):
     (code,) = blocks("tiered.md")
-    model = AutoModelForCausalLM.from_pretrained(text_model_folder)
-    ids = torch.arange(3, 403)[None] % model.config.vocab_size
-    place = {"kvlib": kvlib, "model": model, "input_ids": ids}
-    exec(code.replace("~/kv", str(tmp_path)), place)
-    assert place["output"].shape == (1, 464)
+    model = MODEL.format(folder=str(text_model_folder))
+    lines = run(model, code, "print('tokens', output.shape[1])", folder=tmp_path)
+    assert lines[-2:] == ["tokens", "464"]
