@@ -6,8 +6,8 @@
     output = model.generate(input_ids, past_key_values=cache, max_new_tokens=64)
 
 All keys and values go to disk in leaves of 16 tokens (`kvlib.store.leaves`). In memory are the
-newest tokens, a small abstract of every leaf, and as many leaves as `resident` allows: those used
-last. A decoding step asks the abstracts which leaves its query needs, fetches those that are not in
+newest tokens, a small abstract of every leaf, and as many leaves as `resident` allows: those that
+layers asked for last. A decoding step asks the abstracts which leaves its query needs, fetches those that are not in
 memory, and attends to them and the newest tokens alone. Passes over several tokens (a prompt, a
 question) attend to everything, leaves streaming by: they are exact.
 
