@@ -4,8 +4,8 @@
 SmolLM2 goes on through a real text, token by token, over a `TieredCache` of each method; the caches
 take turns, so a busy machine is busy for all. Each step says how long it took, how long it waited
 for the disk, what it fetched, and whether its most likely next token is that of full attention with
-everything in memory. `full` streams what memory does not hold in every step, a layer ahead: what methods have to
-beat. Its rate is held against plain reading of the same file, in the same minute.
+everything in memory. `full` streams what memory does not hold in every step, a layer ahead: what
+methods have to beat. Plain reading of the same file is measured in the same minutes.
 """
 
 import shutil

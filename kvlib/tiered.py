@@ -7,9 +7,9 @@
 
 All keys and values go to disk in leaves of 16 tokens (`kvlib.store.leaves`). In memory are the
 newest tokens, a small abstract of every leaf, and as many leaves as `resident` allows: those that
-layers asked for last. A decoding step asks the abstracts which leaves its query needs, fetches those that are not in
-memory, and attends to them and the newest tokens alone. Passes over several tokens (a prompt, a
-question) attend to everything, leaves streaming by: they are exact.
+layers asked for last. A decoding step asks the abstracts which leaves its query needs, fetches
+those that are not in memory, and attends to them and the newest tokens alone. Passes over several
+tokens (a prompt, a question) attend to everything, leaves streaming by: they are exact.
 
 What is held between the layers of a pass counts towards `resident`: keys, values, abstracts, room
 to grow. What one layer works with comes on top: the leaves it attends to at a time, logits, and in
