@@ -40,6 +40,10 @@ _FIRST_BYTES = 64 << 20  # of the first segment
 _MAX_STAMPS = 4096
 
 
+class _InVainError(Exception):
+    """Even what was dropped did not make room enough: the transaction is undone, nothing lost."""
+
+
 class Room:
     """The accounts of one open store.
 
@@ -297,8 +301,13 @@ class Room:
             IndexFaultError: the index cannot be written.
         """
         dropped: list[bytes] = []
-        with self._write() as txn:
-            entry = self._make_room(txn, size, granules, dropped, insist)
+        try:
+            with self._write() as txn:
+                entry = self._make_room(txn, size, granules, dropped, insist)
+                if entry is None and dropped:
+                    raise _InVainError
+        except _InVainError:
+            return None
         with self._lock:
             self.evicted += len(dropped)
             for name in dropped:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One process: the contract, damage of every file, recovery, limits."""
 
+import errno
 import mmap
 import os
 import random
@@ -652,6 +653,22 @@ def test_a_stalled_writer_does_not_stall_others_for_ever(open_store, monkeypatch
             assert pool.submit(read, store, record[0]).result() == whole(record)
             assert pool.submit(store.put, *make_record(2)).result() is False
         assert store.put(*make_record(2))
+
+
+def test_a_record_that_fits_nowhere_drops_no_other(open_store, monkeypatch):
+    """The disk is full and the record larger than all segments: what is there stays."""
+    with open_store(capacity="8MiB", segment="1MiB") as store:
+        records = put_many(store, range(10), size=50000)
+        store._commit.flush()
+
+        def full(number, size):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(store._home.files, "create", full)
+        assert not store.put(*make_record(99, size=3 << 20))
+        assert all(read(store, key) == whole((key, parts)) for key, parts in records)
+        assert store.stats().evicted == 0
+        assert store.check().ok
 
 
 FULL = """
