@@ -118,11 +118,10 @@ class TieredCache(Cache, HookedCache):
         self._method = SELECTORS.build(select)
         self._sparse = isinstance(self._method, BudgetedSelector)
         heads = model.config.get_text_config(decoder=True).num_attention_heads
-        dim = self._shape.k_dim
-        self._selection = Selection(
-            self._method, HeadShape(heads, self._shape.heads, dim, dim**-0.5), num_layers
-        )
-        self._newest = [Newest(self._shape, model.device) for _ in range(num_layers)]
+        # Queries are given to it as they count: times the scale that the model's attention has.
+        shape = HeadShape(heads, self._shape.heads, self._shape.k_dim, 1.0)
+        self._selection = Selection(self._method, shape, num_layers)
+        self._newest = [Newest(self._shape) for _ in range(num_layers)]
         fixed = num_layers * (self._recent + 3 * SPARE) * self._shape.nbytes // LEAF_TOKENS
         slots = (self.resident_bytes - fixed) // self._shape.slot_bytes
         if slots < 2 * num_layers:
@@ -236,15 +235,14 @@ class TieredCache(Cache, HookedCache):
         if self._saving is not None:
             self._saving.append((keys.cpu().clone(), values.cpu().clone()))
         query = self._scaled(call.query[0], logits)
-        self._selection.append(
-            index, keys.cpu(), call.query[0].cpu() if self._method.needs_queries else None
-        )
+        asking = query.flatten(0, 1).cpu() if self._method.needs_queries else None
+        self._selection.append(index, keys.cpu(), asking)
         part: Part | None = None
         if query.shape[2] == 1 and self._sparse and not self._filling:
-            part = self._chosen(index, call.query[0].cpu(), query)
+            part = self._chosen(index, query, logits)
         else:
-            for some_keys, some_values in self._stream(index):
-                part = join(part, attend_part(query, some_keys, some_values))
+            for slots in self._stream(index):
+                part = join(part, attend_part(query, *self._gather(slots, query.device)))
         seen = newest.tokens - keys.shape[1]
         part = join(part, attend_part(query, *newest.all(), causal=seen + 1))
         self._attended += 1
@@ -259,55 +257,66 @@ class TieredCache(Cache, HookedCache):
         rows: Tensor = query.detach().unflatten(0, (self._shape.heads, -1)) * scale
         return rows
 
-    def _chosen(self, index: int, raw: Tensor, query: Tensor) -> Part | None:
-        """Attention to the leaves that the abstracts choose; the newest are in memory anyway."""
+    def _select(self, index: int, query: Tensor) -> list[int]:
+        """Leaves in the file that the abstracts choose for a scaled query [Hq, 1, D]."""
         sealed = self._pool.file.count(index)
-        leaves = [i for i in self._selection.select(index, raw).unique().tolist() if i < sealed]
-        part, step = None, self._pool.num_slots  # a choice may be more than memory holds
-        for at in range(0, len(leaves), step):
-            pieces = self._gather(self._pool.get(index, leaves[at : at + step]))
-            if at + step >= len(leaves):
-                self._fetch_ahead(index + 1)  # which may take the slots of what was just copied
-            part = join(part, attend_part(query, *pieces))
-        if not leaves:
-            self._fetch_ahead(index + 1)
+        chosen = self._selection.select(index, query.cpu()).unique().tolist()
+        return [leaf for leaf in chosen if leaf < sealed]
+
+    def _chosen(self, index: int, query: Tensor, logits: Logits) -> Part | None:
+        """Attention to the leaves that the abstracts choose; the newest are in memory anyway.
+
+        While those are read that memory does not hold, attention runs over those it does: the
+        chosen ones, and the layer's others, which cost no reading.
+        """
+        leaves = self._select(index, query.flatten(0, 1))
+        part, most = None, self._pool.num_slots  # a choice may be more than memory holds
+        for at in range(0, max(len(leaves), 1), most):
+            last = at + most >= len(leaves)
+            slots = self._pool.ask(index, leaves[at : at + most])
+            if last:
+                slots = torch.cat([slots, self._pool.others(index, leaves)])
+            here = self._gather(slots, query.device)
+            if last:
+                self._fetch_ahead(index + 1, logits)  # it may take the slots of what was copied
+            if len(slots):
+                part = join(part, attend_part(query, *here))
+            slots = self._pool.rest()
+            if len(slots):
+                part = join(part, attend_part(query, *self._gather(slots, query.device)))
         return part
 
-    def _fetch_ahead(self, index: int) -> None:
-        """Begin to read what the next layer seems to need."""
+    def _fetch_ahead(self, index: int, logits: Logits) -> None:
+        """Begin to read what the next layer seems to need; layers have the same scale."""
         if self._guess is None or index == self.spec.num_layers:
             return
         guess = self._guess.query(index)
         if guess is not None:
-            sealed = self._pool.file.count(index)
-            chosen = self._selection.select(index, guess.cpu()).unique().tolist()
-            self._pool.prefetch(index, [i for i in chosen if i < sealed])
+            scaled = self._scaled(guess, logits).flatten(0, 1)
+            self._pool.prefetch(index, self._select(index, scaled))
 
-    def _gather(self, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Leaves in memory as keys and values [Hkv, n * LEAF_TOKENS, D], on the model's device."""
+    def _gather(self, slots: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Leaves in memory as keys and values [Hkv, n * LEAF_TOKENS, D], where attention runs."""
         every = self._shape.unpack(self._pool.slots)
         keys, values = (
-            x.index_select(0, slots).transpose(0, 1).flatten(1, 2).to(self._model.device)
-            for x in every
+            x.index_select(0, slots).transpose(0, 1).flatten(1, 2).to(device) for x in every
         )
         return keys, values
 
-    def _stream(self, index: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """All leaves of a layer, some at a time, the next ones being read meanwhile."""
+    def _stream(self, index: int) -> Iterator[Tensor]:
+        """Slots of all leaves of a layer, some at a time, the next ones being read meanwhile."""
         count = self._pool.file.count(index)
         if isinstance(self._method, Percent):
             self._pool.pin(index, range(self._method.pinned(self.num_tokens)))
         step = max(min(self._pool.num_slots // 2, 4 * _STAGING_LEAVES), 1)
-        batches = [range(at, min(at + step, count)) for at in range(0, count, step)]
-        for i, batch in enumerate(batches):
-            slots = self._pool.get(index, batch)
-            pieces = self._gather(slots)
-            if i + 1 < len(batches):
-                self._pool.prefetch(index, batches[i + 1])
+        for at in range(0, count, step):
+            here = self._pool.ask(index, range(at, min(at + step, count)))
+            if at + step < count:
+                self._pool.prefetch(index, range(at + step, min(at + 2 * step, count)))
             elif index + 1 < self.spec.num_layers:
                 first = self._pool.file.count(index + 1)
                 self._pool.prefetch(index + 1, range(min(step, first)))
-            yield pieces
+            yield torch.cat([here, self._pool.rest()])
 
     def _seal(self, index: int) -> None:
         """Make leaves of the newest tokens but `recent` of them."""
@@ -403,10 +412,11 @@ class TieredCache(Cache, HookedCache):
             self._failed = True  # layers may differ in what they took
             raise
         restored, stored = done, 0
+        embedding: Any = self._model.get_input_embeddings()
         while done < total:
             count = min(chunk_tokens - done % chunk_tokens, total - done)
             self._saving = [] if save and self.store is not None else None
-            chunk = ids[None, done : done + count].to(self._model.device)
+            chunk = ids[None, done : done + count].to(embedding.weight.device)
             self._filling = True
             try:
                 self._model.base_model(input_ids=chunk, past_key_values=self, use_cache=True)
@@ -435,21 +445,24 @@ class TieredCache(Cache, HookedCache):
             block = loaded.block
             if block is None:
                 break
-            for layer in block.layers:
-                to = self._model.device
-                self._newest[layer.layer_idx].append(layer.keys.to(to), layer.values.to(to))
-                self._selection.append(layer.layer_idx, layer.keys)
-                self._seal(layer.layer_idx)
-                self._shrink()
-            new = self._columns.read({"input_ids": ids[None, done : block.stop]})
-            self._columns.add(new, to_prompt=True)
-            self._columns.advance(new)
-            self._columns.settle(keep_positions=False)
+            self._fill(ids[done : block.stop], [(x.keys, x.values, None) for x in block.layers])
             done = block.stop
             fidelity = loaded.fidelity if loaded.fidelity != EXACT else fidelity
             if progress is not None:
                 progress(done, total)
         return done, fidelity
+
+    def _fill(self, ids: Tensor, layers: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> None:
+        """Take the next tokens without a pass: keys, values and scaled queries of all layers."""
+        for index, (keys, values, queries) in enumerate(layers):
+            self._newest[index].append(keys, values)
+            self._selection.append(index, keys, queries)
+            self._seal(index)
+            self._shrink()
+        new = self._columns.read({"input_ids": ids[None]})
+        self._columns.add(new, to_prompt=True)
+        self._columns.advance(new)
+        self._columns.settle(keep_positions=False)
 
     def _save(self, keys: Sequence[BlockKey], done: int, fidelity: str) -> int:
         """Store the whole blocks of a piece that begins at token `done`."""

@@ -68,14 +68,15 @@ class TieredLayer(CacheLayerMixin):
 class Newest:
     """The newest tokens of a layer, in memory that grows at its end.
 
+    They are where the keys are that came last: those out of a store move to the model's first ones.
+
     Args:
         shape: of the layer.
-        device: where attention runs.
     """
 
-    def __init__(self, shape: LeafShape, device: torch.device) -> None:
+    def __init__(self, shape: LeafShape) -> None:
         self._room = [
-            torch.empty((shape.heads, 0, dim), dtype=shape.dtype, device=device)
+            torch.empty((shape.heads, 0, dim), dtype=shape.dtype)
             for dim in (shape.k_dim, shape.v_dim)
         ]
         self.tokens = 0
@@ -89,7 +90,7 @@ class Newest:
         """Take keys and values [heads, T, D]."""
         last = self.tokens + keys.shape[1]
         for i, x in enumerate((keys, values)):
-            room = self._room[i]
+            room = self._room[i] = self._room[i].to(x.device)
             if last > room.shape[1]:
                 grown = room.new_empty((room.shape[0], last + SPARE, room.shape[2]))
                 grown[:, : self.tokens] = room[:, : self.tokens]

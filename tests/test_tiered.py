@@ -126,6 +126,42 @@ def test_what_is_chosen_matters(model, ids, tmp_path):
     assert off[0] > off[1] > off[2]
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_what_memory_holds_is_attended_to(model, ids, tmp_path, ahead):
+    """A step reads little, but leaves out nothing that costs no reading."""
+    cache = make(model, tmp_path, select="leoam:budget=16", resident="4MiB", ahead=ahead)
+    cache.prefill(ids)
+    torch.testing.assert_close(
+        steps(model, cache, ids), reference(model, ids), rtol=1e-4, atol=1e-4
+    )
+    assert cache.stats().fetched == 0
+
+
+def test_queries_count_as_the_model_scales_them(ids, tmp_path):
+    """Abstracts that estimate attention need the scale of the model, which may be its own."""
+    model = tiny_model(seed=4)
+    for layer in model.model.layers:
+        layer.self_attn.scaling *= 3
+    cache = make(model, tmp_path, select="infllm:budget=0.3,leaf=32")
+    seen, append = [], cache._selection.append
+
+    def watch(layer, keys, queries=None):
+        seen.append((layer, queries))
+        append(layer, keys, queries)
+
+    cache._selection.append = watch
+    cache.prefill(ids[:, :65])
+    plain = make(tiny_model(seed=4), tmp_path, select="infllm:budget=0.3,leaf=32")
+    first, append = [], plain._selection.append
+    plain._selection.append = lambda layer, keys, queries=None: (
+        first.append((layer, queries)),
+        append(layer, keys, queries),
+    )
+    plain.prefill(ids[:, :65])
+    assert seen[0][0] == first[0][0] == 0
+    torch.testing.assert_close(seen[0][1], 3 * first[0][1])
+
+
 def test_several_tokens_after_the_prompt_are_exact(model, ids, tmp_path):
     cache = make(model, tmp_path, select="leoam:budget=0.1")
     cache.prefill(ids[:, :600])

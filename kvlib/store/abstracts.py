@@ -13,8 +13,7 @@ keys. With centre a = (lo + hi) / 2 and half-range h = (hi - lo) / 2 they give t
 
 whose weight 1 is Quest's bound (arXiv 2406.10774), never below the greatest q . k in the leaf. The
 bound overrates leaves with one stray channel; a weight of 0.5 ranks them better. lo and hi are
-stored, not a and h: the box of two leaves is then exactly the least and greatest of theirs, in any
-of the storage types, since these round outwards.
+stored, not a and h, and rounded outwards, so weight 1 is a bound in each of the storage types.
 """
 
 import torch
@@ -186,30 +185,6 @@ class Boxes:
             out = torch.ldexp(out, self._exponents.data.int().t()[:, None])
         if self._num_open:
             out = torch.cat([out, both @ self._open.flatten(1)[..., None]], -1)
-        return out
-
-    def merged(self, factor: int) -> "Boxes":
-        """The boxes of `factor` leaves each: equal to those built from the keys.
-
-        Raises:
-            ConfigError: a factor below 1.
-        """
-        if factor < 1:
-            raise ConfigError(f"leaves are merged by a factor of 1 or more, got {factor}")
-        out = Boxes(self.heads, self.dim, leaf=self.leaf * factor, dtype=self.dtype, mean=self.mean)
-        lo, hi = self.bounds()
-        whole = self.num_tokens // out.leaf
-        if whole:
-            inner = whole * factor
-            parts = (
-                -lo[:inner].unflatten(0, (whole, factor)).amin(1),
-                hi[:inner].unflatten(0, (whole, factor)).amax(1),
-            )
-            out._store(torch.stack(parts, 2))
-        out._num_open = self.num_tokens - whole * out.leaf
-        if out._num_open:
-            rest = whole * factor
-            out._open = torch.stack([-lo[rest:].amin(0), hi[rest:].amax(0)], 1)
         return out
 
 

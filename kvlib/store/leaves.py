@@ -10,6 +10,7 @@ were written one after another lie one after another (in runs of `RUN_LEAVES`), 
 many is reading long runs. What is read is checked against checksums that stay in memory.
 """
 
+import errno
 import mmap
 import os
 import tempfile
@@ -27,8 +28,9 @@ from torch import Tensor
 from kvlib.errors import CapacityError, ConfigError, CorruptDataError, StoreError
 from kvlib.spec import KVSpec
 from kvlib.store import blockio
+from kvlib.store.leaf_io import Batch, Lanes
 
-__all__ = ["LEAF_TOKENS", "RUN_LEAVES", "LeafFile", "LeafShape", "aligned"]
+__all__ = ["LEAF_TOKENS", "RUN_LEAVES", "LeafFile", "LeafShape", "Reading", "aligned"]
 
 LEAF_TOKENS = 16
 RUN_LEAVES = 64
@@ -122,6 +124,7 @@ class LeafFile:
         num_layers: layers.
         folder: where the file lies; None for the system's folder of temporary files.
         direct: use O_DIRECT where the file system takes it.
+        overlap: let reads go on by themselves where the system can; see `kvlib.store.leaf_io`.
 
     Raises:
         ConfigError: the folder cannot be written to.
@@ -134,35 +137,18 @@ class LeafFile:
         folder: str | os.PathLike[str] | None = None,
         *,
         direct: bool = True,
+        overlap: bool = True,
     ) -> None:
-        if not blockio.supports():
-            raise ConfigError("leaves need POSIX I/O, which this system does not have")
         self.shape = shape
+        self._slot_bytes = shape.slot_bytes
         self._runs: list[list[int]] = [[] for _ in range(num_layers)]  # offsets in the file
         self._counts = [0] * num_layers
         self._digests: list[list[int]] = [[] for _ in range(num_layers)]
         self._size = 0
         self._lock = threading.Lock()
-        self._fd = self._open(folder, direct)
-
-    @staticmethod
-    def _open(folder: str | os.PathLike[str] | None, direct: bool) -> int:
-        try:
-            fd, path = tempfile.mkstemp(prefix="kvlib-leaves-", dir=folder)
-        except OSError as exc:
-            raise ConfigError(f"cannot make a file for leaves in {folder or 'tmp'}: {exc}") from exc
-        try:
-            flag = getattr(os, "O_DIRECT", 0)
-            if direct and flag:
-                try:
-                    other = os.open(path, os.O_RDWR | flag | os.O_CLOEXEC)
-                except OSError:  # refused by the file system
-                    return fd
-                os.close(fd)
-                return other
-            return fd
-        finally:
-            Path(path).unlink()
+        self._seeking = None if blockio.supports() else threading.Lock()
+        self.fd, self.direct = _open(folder, direct=direct)
+        self.lanes = Lanes(allowed=overlap)
 
     def __len__(self) -> int:
         """Leaves of the first layer."""
@@ -178,7 +164,7 @@ class LeafFile:
         return self._size
 
     def _offset(self, layer: int, leaf: int) -> int:
-        return self._runs[layer][leaf // RUN_LEAVES] + leaf % RUN_LEAVES * self.shape.slot_bytes
+        return self._runs[layer][leaf // RUN_LEAVES] + leaf % RUN_LEAVES * self._slot_bytes
 
     def append(self, layer: int, slots: Bytes) -> None:
         """Write leaves behind the last one of a layer.
@@ -203,11 +189,8 @@ class LeafFile:
             leaf = first + done
             count = min(len(slots) - done, RUN_LEAVES - leaf % RUN_LEAVES)
             offset = runs[leaf // RUN_LEAVES] + leaf % RUN_LEAVES * size
-            data = slots[done : done + count].data.cast("B")
             try:
-                put = 0
-                while put < data.nbytes:
-                    put += blockio.pwrite(self._fd, [data[put:]], offset + put)
+                self._move([slots[done : done + count].data.cast("B")], offset, write=True)
             except OSError as exc:
                 raise CapacityError(f"cannot write leaves of layer {layer}: {exc}") from exc
             done += count
@@ -218,59 +201,211 @@ class LeafFile:
             self._counts[layer] = first + len(slots)
             self._digests[layer].extend(digests)
 
-    def read(self, layer: int, leaves: Sequence[int], slots: Sequence[Bytes]) -> None:
-        """Read leaves, checked; those that lie one after another in one go.
+    def _move(self, views: list[memoryview], offset: int, *, write: bool) -> int:
+        """Read or write all of `views` at `offset`; the bytes that went, less at the file's end.
+
+        Raises:
+            OSError: the device fails or is full.
+        """
+        done = 0
+        while views:
+            try:
+                if self._seeking is None:
+                    move = blockio.pwrite if write else blockio.pread
+                    count = move(self.fd, views, offset + done)
+                else:
+                    with self._seeking:
+                        count = _seek_and_move(self.fd, views[0], offset + done, write=write)
+            except OSError as exc:
+                if exc.errno != errno.EINVAL or not self.direct:
+                    raise
+                self._go_indirect()
+                continue
+            if not count:
+                break
+            done += count
+            views = _rest(views, count)
+        return done
+
+    def _go_indirect(self) -> None:
+        """O_DIRECT was taken when the file was opened and is refused now: use the page cache."""
+        import fcntl  # where there is O_DIRECT, there is this
+
+        flags = fcntl.fcntl(self.fd, fcntl.F_GETFL)
+        fcntl.fcntl(self.fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+        self.direct = False
+
+    def begin(
+        self, layer: int, leaves: Sequence[int], memory: Bytes, places: Sequence[int]
+    ) -> "Reading":
+        """Begin to read leaves; those that lie one after another in one go.
 
         Args:
             layer: which.
             leaves: ascending.
-            slots: where to, uint8 [slot_bytes] each, page-aligned.
-
-        Raises:
-            CorruptDataError: what came is not what was written.
-            StoreError: the device fails.
+            memory: uint8 [slots, slot_bytes], page-aligned.
+            places: slot of each leaf. Nothing else may use them before the reading is over.
         """
-        at = 0
-        while at < len(leaves):
-            last = at + 1
-            while (
-                last < len(leaves)
-                and leaves[last] == leaves[last - 1] + 1
-                and leaves[last] % RUN_LEAVES
-            ):
-                last += 1
-            self.fill(slots[at:last], layer, leaves[at])
-            at = last
-        known = self._digests[layer]
-        for leaf, slot in zip(leaves, slots, strict=True):
-            if xxhash.xxh3_64_intdigest(slot.data) != known[leaf]:
-                raise CorruptDataError(f"leaf {leaf} of layer {layer} is damaged")
+        return Reading(self, layer, leaves, memory, places)
 
-    def fill(self, slots: Sequence[Bytes], layer: int, leaf: int) -> None:
-        """Read leaves of one run, from `leaf` on, unchecked.
+    def read(self, layer: int, leaves: Sequence[int], memory: Bytes, places: Sequence[int]) -> None:
+        """Read leaves, checked; see `begin` and `Reading.finish`."""
+        self.begin(layer, leaves, memory, places).finish()
+
+    def runs(self, layer: int, leaves: Sequence[int]) -> list[tuple[int, int]]:
+        """Leaves that lie one after another: (offset, how many) of each run."""
+        size, starts = self._slot_bytes, self._runs[layer]
+        found: list[tuple[int, int]] = []
+        begin, count, follows = 0, 0, -1
+        for leaf in leaves:
+            if leaf == follows and leaf % RUN_LEAVES:
+                count += 1
+            else:
+                if count:
+                    found.append((begin, count))
+                begin, count = starts[leaf // RUN_LEAVES] + leaf % RUN_LEAVES * size, 1
+            follows = leaf + 1
+        if count:
+            found.append((begin, count))
+        return found
+
+    def fill(self, views: list[memoryview], offset: int) -> None:
+        """Read what lies at `offset`, unchecked.
 
         Raises:
             CorruptDataError: the file is too short.
             StoreError: the device fails.
         """
-        offset = self._offset(layer, leaf)
-        views = [slot.data for slot in slots]
-        left = sum(view.nbytes for view in views)
-        while left:
-            try:
-                got = blockio.pread(self._fd, views, offset)
-            except OSError as exc:
-                raise StoreError(f"cannot read leaves: {exc}") from exc
-            if not got:
-                raise CorruptDataError(f"the file of leaves ends at byte {offset}")
-            offset, left = offset + got, left - got
-            while got and got >= views[0].nbytes:
-                got -= views.pop(0).nbytes
-            if got:
-                views[0] = views[0][got:]
+        try:
+            done = self._move(views, offset, write=False)
+        except OSError as exc:
+            raise StoreError(f"cannot read leaves: {exc}") from exc
+        if done < sum(view.nbytes for view in views):
+            raise CorruptDataError(f"the file of leaves ends at byte {offset + done}")
+
+    def check(self, layer: int, leaves: Sequence[int], views: Sequence[memoryview]) -> None:
+        """Compare leaves with what was written.
+
+        Raises:
+            CorruptDataError: one is damaged.
+        """
+        known = self._digests[layer]
+        for leaf, view in zip(leaves, views, strict=True):
+            if xxhash.xxh3_64_intdigest(view) != known[leaf]:
+                raise CorruptDataError(f"leaf {leaf} of layer {layer} is damaged")
 
     def close(self) -> None:
-        """Give the file up."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        """Give the file up. Nothing may be under way."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+            self.lanes.close()
+
+
+class Reading:
+    """Leaves on their way into memory; see `LeafFile.begin`. For any thread."""
+
+    def __init__(
+        self,
+        file: LeafFile,
+        layer: int,
+        leaves: Sequence[int],
+        memory: Bytes,
+        places: Sequence[int],
+    ) -> None:
+        self._file, self._layer, self._leaves = file, layer, leaves
+        self._memory, self._places = memory, places
+        self._runs = file.runs(layer, leaves)
+        size = memory.shape[1]
+        table = np.empty((len(places), 2), np.uint64)
+        table[:, 0] = memory.ctypes.data + size * np.asarray(places, np.int64)
+        table[:, 1] = size
+        offsets, counts = [x[0] for x in self._runs], [x[1] for x in self._runs]
+        self._batch = Batch(file.lanes, file.fd, offsets, counts, table)
+        self.overlaps = not self._batch.over
+        """Whether it goes on by itself; else `finish` does all the work."""
+        self._lock = threading.Lock()
+        self._done = False
+        self._failed: Exception | None = None
+
+    def arrived(self) -> bool:
+        """Whether `finish` would not wait for the device."""
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
+            return self._done or (self.overlaps and self._batch.collect(wait=False))
+        finally:
+            self._lock.release()
+
+    def finish(self) -> None:
+        """Wait for all of it, and check it.
+
+        Raises:
+            CorruptDataError: a leaf is damaged, or the file is too short.
+            StoreError: the device fails.
+        """
+        with self._lock:
+            if not self._done:
+                self._batch.collect(wait=True)
+                try:
+                    self._take()
+                except (StoreError, CorruptDataError) as exc:
+                    self._failed = exc
+                self._done = True
+        if self._failed is not None:
+            raise self._failed
+
+    def _take(self) -> None:
+        """Read what did not come, or only in part, and check all."""
+        views = [self._memory[place].data for place in self._places]
+        first = 0
+        for (offset, count), got in zip(self._runs, self._batch.got, strict=True):
+            done = max(got, 0)  # what failed is tried once more, and then says why
+            if done < count * self._memory.shape[1]:
+                self._file.fill(_rest(views[first : first + count], done), offset + done)
+            first += count
+        self._file.check(self._layer, self._leaves, views)
+
+
+def _rest(views: Sequence[memoryview], done: int) -> list[memoryview]:
+    """What is left of `views` after `done` bytes."""
+    left = []
+    for view in views:
+        if done < view.nbytes:
+            left.append(view[done:] if done else view)
+        done = max(0, done - view.nbytes)
+    return left
+
+
+def _open(folder: str | os.PathLike[str] | None, *, direct: bool) -> tuple[int, bool]:
+    """A file without a name, and whether it is read past the page cache."""
+    temporary = getattr(os, "O_TEMPORARY", 0)  # of a system that removes no open files
+    try:
+        fd, path = tempfile.mkstemp(prefix="kvlib-leaves-", dir=folder)
+        if temporary:
+            os.close(fd)
+            return os.open(path, os.O_RDWR | os.O_BINARY | temporary), False  # type: ignore[attr-defined,unused-ignore]
+    except OSError as exc:
+        raise ConfigError(f"cannot make a file for leaves in {folder or 'tmp'}: {exc}") from exc
+    try:
+        flag = getattr(os, "O_DIRECT", 0)
+        if direct and flag:
+            try:
+                other = os.open(path, os.O_RDWR | flag | os.O_CLOEXEC)
+            except OSError:  # refused by the file system
+                return fd, False
+            os.close(fd)
+            return other, True
+        return fd, False
+    finally:
+        Path(path).unlink()
+
+
+def _seek_and_move(fd: int, view: memoryview, offset: int, *, write: bool) -> int:
+    """One read or write, of a system that has none with an offset."""
+    os.lseek(fd, offset, os.SEEK_SET)
+    if write:
+        return os.write(fd, view)
+    data = os.read(fd, view.nbytes)
+    view[: len(data)] = data
+    return len(data)

@@ -95,30 +95,6 @@ def test_scores_are_those_of_the_stored_boxes(seed, weight, dtype):
 
 
 @cases
-@settings(max_examples=60)
-def test_merging_is_building_from_scratch(seed, heads, tokens, dim, leaf, dtype):
-    """Boxes of whole leaves merge to the very boxes that the keys give."""
-    keys = draw_keys(seed, heads, tokens * leaf, dim)[:, : tokens * leaf // (3 * leaf) * 3 * leaf]
-    small, large = (Boxes(heads, dim, leaf=n, dtype=dtype) for n in (leaf, 3 * leaf))
-    small.append(keys)
-    large.append(keys)
-    assert same(small.merged(3), large)
-    assert small.merged(3).num_tokens == keys.shape[1]
-
-
-def test_merging_keeps_an_unfinished_end():
-    """The last leaf of merged boxes goes on growing."""
-    keys = draw_keys(0, 2, 90, 4)
-    boxes = Boxes(2, 4, leaf=8, dtype="float32")
-    boxes.append(keys[:, :53])
-    merged = boxes.merged(4)
-    merged.append(keys[:, 53:])
-    whole = Boxes(2, 4, leaf=32, dtype="float32")
-    whole.append(keys)
-    assert same(merged, whole)
-
-
-@cases
 @settings(max_examples=40)
 def test_pieces_are_the_whole(seed, heads, tokens, dim, leaf, dtype):
     """Token by token, in pieces or at once: the same boxes."""
@@ -188,7 +164,7 @@ def test_rows_grow():
 
 
 def test_wrong_arguments_are_refused():
-    """Types, leaves, factors and shapes."""
+    """Types, leaves and shapes."""
     with pytest.raises(ConfigError, match="int4"):
         Boxes(1, 2, dtype="int4")
     with pytest.raises(ConfigError, match="1 token"):
@@ -196,8 +172,6 @@ def test_wrong_arguments_are_refused():
     boxes = Boxes(2, 4)
     with pytest.raises(ShapeError, match="expected"):
         boxes.append(torch.zeros(2, 3, 5))
-    with pytest.raises(ConfigError, match="factor"):
-        boxes.merged(0)
 
 
 # Codes

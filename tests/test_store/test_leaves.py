@@ -1,15 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Leaves on disk and in memory, against a plain dictionary."""
 
+import ctypes
+import errno
+import fcntl
+import mmap
 import os
+import platform
 import random
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kvlib.errors import CapacityError, ConfigError, CorruptDataError, StoreError
-from kvlib.store import blockio
+from kvlib.store import blockio, leaf_io
+from kvlib.store import leaves as leaf_files
 from kvlib.store.leaf_pool import LeafPool
 from kvlib.store.leaves import LEAF_TOKENS, RUN_LEAVES, LeafFile, LeafShape, aligned
 from kvlib.testing.models import tiny_spec
@@ -29,9 +37,13 @@ def make(shape, count, seed=0):
     return slots, keys, values
 
 
-@pytest.fixture(params=["direct", "buffered"])
-def file(request, tmp_path):
-    with_file = LeafFile(SHAPE, 3, tmp_path, direct=request.param == "direct")
+@pytest.fixture(params=["direct", "buffered", "plain", "seeking"])
+def file(request, tmp_path, monkeypatch):
+    """Past the page cache; through it; without the system's queues; without reads at an offset."""
+    if request.param == "seeking":
+        monkeypatch.setattr(blockio, "supports", lambda: False)
+    direct, overlap = request.param == "direct", request.param in ("direct", "buffered")
+    with_file = LeafFile(SHAPE, 3, tmp_path, direct=direct, overlap=overlap)
     yield with_file
     with_file.close()
     assert os.listdir(tmp_path) == []
@@ -71,21 +83,20 @@ def test_what_is_appended_is_read(file):
         for size in (1, 5, len(leaves)):
             chosen = sorted(rng.sample(range(len(leaves)), min(size, len(leaves))))
             room = aligned(len(chosen) * SHAPE.slot_bytes).reshape(-1, SHAPE.slot_bytes)
-            file.read(layer, chosen, list(room))
+            file.read(layer, chosen, room, range(len(room)))
             assert [slot.tobytes() for slot in room] == [leaves[i] for i in chosen]
 
 
-def test_runs_are_read_in_one_go(file, monkeypatch):
+def test_runs_are_read_in_one_go(file):
     slots, _, _ = make(SHAPE, 2 * RUN_LEAVES)
     file.append(0, slots)
-    calls = []
-    pread = blockio.pread
-    monkeypatch.setattr(
-        blockio, "pread", lambda fd, views, at: calls.append(len(views)) or pread(fd, views, at)
-    )
-    room = list(aligned(slots.nbytes).reshape(slots.shape))
-    file.read(0, [*range(2, 9), *range(20, RUN_LEAVES + 3)], room[: RUN_LEAVES - 10])
-    assert calls == [7, RUN_LEAVES - 20, 3]
+    size = SHAPE.slot_bytes
+    found = file.runs(0, [*range(2, 9), *range(20, RUN_LEAVES + 3)])
+    assert [(offset // size, count) for offset, count in found] == [
+        (2, 7),
+        (20, RUN_LEAVES - 20),
+        (RUN_LEAVES, 3),
+    ]
 
 
 @pytest.mark.parametrize("bit", [0, 1000 * 8 + 3])
@@ -96,11 +107,11 @@ def test_a_flipped_bit_is_found(file, bit):
     damaged[bit >> 3] ^= 1 << (bit & 7)
     room = aligned(SHAPE.slot_bytes)
     room[:] = damaged
-    os.pwritev(file._fd, [room], file._offset(0, 2))
-    whole = list(aligned(slots.nbytes).reshape(slots.shape))
+    os.pwritev(file.fd, [room], file._offset(0, 2))
+    whole = aligned(slots.nbytes).reshape(slots.shape)
     with pytest.raises(CorruptDataError, match="leaf 2 of layer 0"):
-        file.read(0, [0, 1, 2, 3], whole)
-    file.read(0, [0, 1, 3], whole[:3])
+        file.read(0, [0, 1, 2, 3], whole, range(4))
+    file.read(0, [0, 1, 3], whole, range(3))
 
 
 def test_short_reads_and_writes_go_on(file, monkeypatch):
@@ -112,25 +123,129 @@ def test_short_reads_and_writes_go_on(file, monkeypatch):
     monkeypatch.setattr(
         blockio, "pread", lambda fd, views, at: os.preadv(fd, [views[0][:4096]], at)
     )
+    cut_short(monkeypatch, 4096)
     room = aligned(slots.nbytes).reshape(slots.shape)
-    file.read(1, range(5), list(room))
+    file.read(1, range(5), room, [4, 2, 0, 1, 3])
+    assert np.array_equal(room[[4, 2, 0, 1, 3]], slots)
+
+
+def cut_short(monkeypatch, most):
+    """The system's queues report no more than `most` bytes of a read, and the rest is not there."""
+    wait = leaf_io._Lane.wait
+
+    def less(lane, least):
+        events = wait(lane, least)
+        for event in events:
+            request = lane._requests[event["data"]]
+            pieces = (ctypes.c_uint64 * (2 * int(request["count"]))).from_address(
+                int(request["pieces"])
+            )
+            skip = max(most, 0)
+            for address, size in zip(pieces[::2], pieces[1::2], strict=True):
+                ctypes.memset(address + min(skip, size), 0xEE, size - min(skip, size))
+                skip = max(skip - size, 0)
+        events["got"] = np.minimum(events["got"], most)
+        return events
+
+    monkeypatch.setattr(leaf_io._Lane, "wait", less)
+
+
+def test_more_reads_than_the_system_is_given_at_once(file):
+    slots, _, _ = make(SHAPE, 2 * leaf_io._MOST + 40)
+    file.append(2, slots)
+    chosen = range(1, len(slots), 2)
+    room = aligned(slots.nbytes).reshape(slots.shape)
+    file.read(2, chosen, room, chosen)
+    assert np.array_equal(room[1::2], slots[1::2])
+    assert not room[::2].any()
+
+
+def test_direct_io_that_is_refused_late(tmp_path, monkeypatch):
+    """Some file systems take O_DIRECT at opening, and not at reading or writing."""
+    file = LeafFile(SHAPE, 1, tmp_path)
+    if not file.direct:
+        pytest.skip("this file system takes no O_DIRECT")
+    slots, _, _ = make(SHAPE, 70)
+    room = aligned(slots.nbytes).reshape(slots.shape)
+
+    def refuse(call):
+        def refusing(fd, views, offset):
+            if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+                raise OSError(errno.EINVAL, "Invalid argument")
+            return call(fd, views, offset)
+
+        return refusing
+
+    monkeypatch.setattr(blockio, "pwrite", refuse(blockio.pwrite))
+    file.append(0, slots[:40])
+    assert not file.direct
+    file.append(0, slots[40:])
+    file.read(0, range(70), room, range(70))
     assert np.array_equal(room, slots)
+    file.close()
+
+
+def test_a_sandbox_without_queues(tmp_path, monkeypatch):
+    """Whether the system refuses at once or at the first batch, leaves are read."""
+
+    def refuse(code):
+        def refusing(*_):
+            raise OSError(code, os.strerror(code))
+
+        return refusing
+
+    slots, _, _ = make(SHAPE, 5)
+    for name, code in (("__init__", errno.ENOSYS), ("submit", errno.EPERM)):
+        with monkeypatch.context() as patch:
+            patch.setattr(leaf_io._Lane, name, refuse(code))
+            file = LeafFile(SHAPE, 1, tmp_path)
+            file.append(0, slots)
+            room = aligned(slots.nbytes).reshape(slots.shape)
+            for _ in range(2):
+                room[:] = 0
+                file.read(0, [0, 2, 4], room, range(3))
+                assert np.array_equal(room[:3], slots[[0, 2, 4]])
+            assert not file.lanes.overlapping
+            file.close()
+
+
+def test_a_signal_does_not_stop_a_reading(tmp_path):
+    file = LeafFile(SHAPE, 1, tmp_path)
+    overlapping = file.lanes.overlapping
+    file.close()
+    if not overlapping:
+        pytest.skip("this system has no queues")
+    lane = leaf_io._Lane(leaf_io._CALLS[platform.machine()])
+    answers = iter([OSError(errno.EINTR, "interrupted"), 0])
+
+    def call(*_):
+        answer = next(answers)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    real, lane._call = lane._call, call
+    assert len(lane.wait(1)) == 0
+    lane._call = real
+    lane.close()
 
 
 def test_a_failing_disk_says_so(file, monkeypatch):
     slots, _, _ = make(SHAPE, 2)
     file.append(0, slots)
 
-    def fail(*_):
+    def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
+    monkeypatch.setattr(leaf_files, "_seek_and_move", fail)
     monkeypatch.setattr(blockio, "pwrite", fail)
     with pytest.raises(CapacityError, match="No space"):
         file.append(0, slots)
     assert file.count(0) == 2
     monkeypatch.setattr(blockio, "pread", fail)
+    cut_short(monkeypatch, -errno.EIO)
     with pytest.raises(StoreError):
-        file.read(0, [0], [aligned(SHAPE.slot_bytes)])
+        file.read(0, [0], aligned(SHAPE.slot_bytes)[None], [0])
     with pytest.raises(ConfigError):
         LeafFile(SHAPE, 1, "/nowhere/at/all")
 
@@ -191,6 +306,12 @@ def test_damage_in_a_prefetch_comes_with_the_get(file):
     pool.prefetch(0, [6])
     with pytest.raises(CorruptDataError):
         pool.get(0, [6])
+    pool.ask(0, [6])
+    while not all(reading.arrived() for _, reading in pool._coming.values()):
+        pass
+    pool.prefetch(0, [7])
+    with pytest.raises(CorruptDataError):
+        pool.rest()
     assert len(bytes_of(pool, 0, [0, 1, 2, 5])) == 4  # no slot is lost
     pool.close()
 
@@ -208,6 +329,70 @@ def test_retired_slots_are_gone(file):
         pool.get(0, [0, 1, 2])
     with pytest.raises(CapacityError):
         pool.retire(2)
+    pool.regrow(9)
+    assert pool.num_slots == 6
+    assert bytes_of(pool, 0, range(1, 7)) == [slots[i].tobytes() for i in range(1, 7)]
+    pool.close()
+
+
+@given(st.lists(st.tuples(st.sampled_from("gaprRn"), st.integers(0, 2**16)), max_size=40))
+@settings(max_examples=60, deadline=None)
+def test_slots_come_and_go(steps):
+    """Getting, prefetching, retiring, regrowing and pinning in any order: the right bytes."""
+    file = LeafFile(SHAPE, 1)
+    pool = LeafPool(file, 12)
+    slots, _, _ = make(SHAPE, 20)
+    pool.add(0, slots)
+    for what, seed in steps:
+        rng = random.Random(seed)
+        if what == "r":
+            pool.retire(rng.randrange(pool.num_slots))
+        elif what == "R":
+            pool.regrow(rng.randrange(5))
+        elif what == "n":
+            pool.pin(0, rng.sample(range(20), 3))
+        else:
+            count = rng.randrange(1, max(2, pool.num_slots // 2 + 1))
+            leaves = sorted(rng.sample(range(20), count))
+            if what == "p":
+                pool.prefetch(0, leaves)
+            elif what == "a":  # other leaves come while these are in use
+                here = pool.ask(0, leaves)
+                others = pool.others(0, leaves)
+                assert not {*others.tolist()} & {*here.tolist()}
+                pool.prefetch(0, sorted(rng.sample(range(20), count)))
+                late = pool.rest()
+                got = sorted(pool.slots[i].numpy().tobytes() for i in [*here, *late])
+                assert got == sorted(slots[i].tobytes() for i in leaves)
+            else:
+                assert bytes_of(pool, 0, leaves) == [slots[i].tobytes() for i in leaves]
+        held = [*pool._held.values(), *(slot for slot, _ in pool._coming.values()), *pool._free]
+        assert sorted(held) == list(range(pool.num_slots))
+    pool.close()
+
+
+def test_large_pages(file, monkeypatch):
+    """Memory goes back in whole pages of the system, and only that counts as given back."""
+    monkeypatch.setattr(mmap, "PAGESIZE", 1 << 16)
+    pool = LeafPool(file, 40)
+    slots, _, _ = make(SHAPE, 40)
+    pool.add(0, slots)
+    pool.retire(13)
+    assert pool.nbytes % (1 << 16) == 0
+    assert 0 <= pool.nbytes - 27 * SHAPE.slot_bytes < 1 << 16
+    assert bytes_of(pool, 0, range(12, 39)) == [slots[i].tobytes() for i in range(12, 39)]
+    pool.close()
+
+
+def test_pinned_leaves_give_way_too(file):
+    pool = LeafPool(file, 8)
+    slots, _, _ = make(SHAPE, 12)
+    pool.add(0, slots)
+    pool.pin(0, range(4))
+    pool.retire(6)
+    assert (pool.num_slots, pool.nbytes) == (2, 2 * SHAPE.slot_bytes)
+    assert len(pool._pinned) == 1
+    assert bytes_of(pool, 0, [4]) == [slots[4].tobytes()]
     pool.close()
 
 

@@ -36,10 +36,10 @@ def draw(seed, tokens, shape=SHAPE):
     return keys, torch.randn(shape.q_heads, tokens, shape.dim, generator=g) * 2
 
 
-def begin(method, tokens, seed=0, layers=1, piece=100, shares=None):
+def begin(method, tokens, seed=0, layers=1, piece=100):
     """A selection that was given so many tokens, and a query."""
     keys, queries = draw(seed, tokens)
-    selection = Selection(SELECTORS.build(method), SHAPE, layers, shares)
+    selection = Selection(SELECTORS.build(method), SHAPE, layers)
     for layer in range(layers):
         for first in range(0, tokens, piece):
             some = slice(first, first + piece)
@@ -54,11 +54,10 @@ def begin(method, tokens, seed=0, layers=1, piece=100, shares=None):
     leaf=st.sampled_from([16, 32, 64]),
     sinks=st.sampled_from([0, 1, 16, 40, 300]),
     recent=st.sampled_from([0, 1, 16, 50, 64, 300]),
-    share=st.sampled_from([0.0, 0.3, 1.0, 1.7]),
     rows=st.integers(1, 3),
 )
 @settings(max_examples=200)
-def test_choice_follows_the_oracle(seed, tokens, budget, leaf, sinks, recent, share, rows):
+def test_choice_follows_the_oracle(seed, tokens, budget, leaf, sinks, recent, rows):
     """The last unit, recent ones, sinks, then the most relevant; never above the budget."""
     fields = {"budget": budget, "leaf": leaf, "sinks": sinks, "recent": recent}
     method = type(SELECTORS.build("quest"))(**fields)
@@ -66,10 +65,10 @@ def test_choice_follows_the_oracle(seed, tokens, budget, leaf, sinks, recent, sh
     generator = torch.Generator().manual_seed(seed)
     relevance = torch.randperm(rows * units, generator=generator).view(rows, units).float()
     given_relevance = relevance.clone()
-    found = method.choose(relevance, tokens, share)
+    found = method.choose(relevance, tokens)
     assert torch.equal(relevance, given_relevance)
     meant = budget if isinstance(budget, int) else math.ceil(round(budget * tokens, 9))
-    allowed = int(min(meant, tokens) * share)
+    allowed = min(meant, tokens)
     assert min(found.shape[1] * LEAF_TOKENS, tokens) <= max(allowed, leaf)
     for row in range(len(found)):
         true = oracle.chosen(
@@ -218,40 +217,6 @@ def test_methods_say_whether_they_need_queries():
             assert layer.num_tokens == 320
             leaves = selector.choose(layer.relevance(draw(2, 1)[1]), 320)
             assert leaves[0, -1] == 19
-
-
-def test_shares_move_the_budget_between_layers():
-    """A layer reads its share; shares above the number of layers are refused."""
-    selection, query = begin("quest:budget=320", 1600, layers=3, shares=[1.5, 1.0, 0.5])
-    assert [selection.select(layer, query).shape[1] for layer in range(3)] == [30, 20, 10]
-    for shares in ([1.0], [2.0, 1.0, 0.5], [-1.0, 1.0, 1.0]):
-        with pytest.raises(ConfigError, match="shares"):
-            Selection(SELECTORS.build("quest"), SHAPE, 3, shares)
-
-
-@pytest.mark.parametrize("method", ["leoam:dtype=float32", "leoam:codes=8,train=256"])
-def test_adapting_follows_the_skew(method):
-    """A flat layer gets more than a skewed one; together no more than they had."""
-    keys, queries = draw(0, 960)
-    query = draw(1, 4)[1]
-    selection = Selection(SELECTORS.build(method), SHAPE, 3)
-    for layer, size in enumerate((0.01, 1.0, 4.0)):
-        selection.append(layer, keys * size, queries)
-    needs = selection.adapt([query] * 3, power=0.5)
-    assert 54 <= needs[0] <= 55  # 9 of 10 leaves, nearly
-    assert needs[0] > needs[1] > needs[2] >= 1
-    roots = [math.sqrt(need) for need in needs]
-    assert selection.shares == pytest.approx([3 * root / sum(roots) for root in roots], abs=1e-5)
-    assert sum(selection.shares) <= 3
-    selection.adapt([query] * 3, power=0.0)
-    assert selection.shares == [1.0, 1.0, 1.0]
-
-
-def test_adapting_leaves_alone_what_cannot_tell():
-    """Methods without an estimate of attention keep equal shares."""
-    selection, query = begin("infllm", 200)
-    assert selection.adapt([query], power=1.0) == []
-    assert selection.shares == [1.0]
 
 
 def test_percent_says_what_stays():

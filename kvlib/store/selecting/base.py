@@ -111,17 +111,6 @@ class LayerSelector:
         """
         return None
 
-    def attention(self, query: Tensor) -> Tensor | None:
-        """Estimate what share of a query's attention each unit receives.
-
-        Args:
-            query: [q_heads, t, dim], post-RoPE.
-
-        Returns:
-            float32 [kv_heads, rows, units], rows summing to 1; None where the method cannot tell.
-        """
-        return None
-
     @property
     def nbytes(self) -> int:
         """Bytes held."""
@@ -147,13 +136,12 @@ class Selector(ABC):
     def open(self, shape: HeadShape) -> LayerSelector:
         """Begin a layer of a sequence."""
 
-    def choose(self, relevance: Tensor | None, num_tokens: int, share: float = 1.0) -> Tensor:
+    def choose(self, relevance: Tensor | None, num_tokens: int) -> Tensor:
         """Leaves to read.
 
         Args:
             relevance: [rows, units], or None for everything.
             num_tokens: tokens of the sequence.
-            share: of this layer in the budget; 1 on average over the layers.
 
         Returns:
             int64 [rows, n], ascending in each row. Here, with 1 row: all leaves.
@@ -190,18 +178,18 @@ class BudgetedSelector(Selector):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{self.name}: {name} must be 0 or more, got {self!r:.80}")
 
-    def num_units(self, num_tokens: int, share: float = 1.0) -> int:
+    def num_units(self, num_tokens: int) -> int:
         """Units of `leaf` tokens that a layer reads for a KV head in one step."""
-        tokens = int(round_budget(self.budget, num_tokens) * share)
+        tokens = round_budget(self.budget, num_tokens)
         units = -(-num_tokens // self.leaf)
         return units if tokens >= num_tokens else max(1, tokens // self.leaf)
 
-    def choose(self, relevance: Tensor | None, num_tokens: int, share: float = 1.0) -> Tensor:
+    def choose(self, relevance: Tensor | None, num_tokens: int) -> Tensor:
         """See `Selector.choose`: the last units, the first ones, then those of most relevance."""
         units = -(-num_tokens // self.leaf)
-        num = self.num_units(num_tokens, share) if num_tokens else 0
+        num = self.num_units(num_tokens) if num_tokens else 0
         if relevance is None or num == units:
-            return Selector.choose(self, None, num_tokens, share)
+            return Selector.choose(self, None, num_tokens)
         recent = units - max(num_tokens - self.recent, 0) // self.leaf
         recent = min(max(recent, 1), num)
         sinks = min(-(-self.sinks // self.leaf), num - recent)

@@ -91,14 +91,9 @@ class _Boxed(LayerSelector):
     def _append(self, keys: Tensor, queries: Tensor | None) -> None:
         self._boxes.append(keys)
 
-    def _scores(self, query: Tensor) -> Tensor:
-        return self._boxes.scores(self.shape.grouped(query), self._method.weight)
-
     def relevance(self, query: Tensor) -> Tensor:
-        return merge_heads(self._scores(query), "max", joint=self._method.heads == "joint")
-
-    def attention(self, query: Tensor) -> Tensor:
-        return self._scores(query).softmax(-1)
+        scores = self._boxes.scores(self.shape.grouped(query), self._method.weight)
+        return merge_heads(scores, "max", joint=self._method.heads == "joint")
 
     @property
     def nbytes(self) -> int:
@@ -141,11 +136,6 @@ class _Coded(LayerSelector):
             return self._early.relevance(query)
         scores = self._codes.scores(self.shape.grouped(query))
         return merge_heads(scores, "mass", joint=self._method.heads == "joint")
-
-    def attention(self, query: Tensor) -> Tensor:
-        if self._codes is None:
-            return self._early.attention(query)
-        return self._codes.scores(self.shape.grouped(query)).softmax(-1)
 
     @property
     def nbytes(self) -> int:
