@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 .DEFAULT_GOAL := help
-.PHONY: help demo eval test lint wheel-test test-pythons bench gpu clean
+.PHONY: help demo eval test lint wheel-test test-pythons test-engines test-vllm test-sglang bench release-check gpu clean
 
 # The first one that can make an environment; PYTHON=/path/to/python overrides.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
@@ -89,12 +89,61 @@ test-pythons:  ## Check the golden files on every Python found, with numpy, xxha
 	done; \
 	test -n "$$found" || { echo 'no python3.11, python3.12 or python3.13 found' >&2; exit 1; }
 
+# Engines in environments of their own, which outlive a checkout: made once for each list of pinned
+# packages, without dependencies of theirs (the CUDA builds among them would not load).
+ENGINES := $(HOME)/.cache/kvlib/engines
+engine_env = $(ENGINES)/$(1)-$(shell cksum < tests/engines/$(1).txt | cut -d' ' -f1)
+VLLM_ENV := $(call engine_env,vllm)
+SGLANG_ENV := $(call engine_env,sglang)
+
+$(ENGINES)/%/.installed:
+	@test -n '$(PYTHON)' || { echo 'engines need Python 3.11 with its venv module' >&2; exit 1; }
+	rm -rf $(@D)
+	mkdir -p $(ENGINES)
+	'$(PYTHON)' -m venv $(@D)
+	PIP_DISABLE_PIP_VERSION_CHECK=1 $(@D)/bin/python -m pip install $(if $(CI),--quiet) \
+		--no-compile --no-deps -r tests/engines/$(firstword $(subst -, ,$(notdir $(@D)))).txt
+	touch $@
+
+# The model is converted once, by kvlib's own environment, and given to all engines as a folder.
+define run_engine
+	rm -rf dist && PIP_CONSTRAINT=constraints.txt .venv/bin/python -m build --wheel $(if $(CI),>/dev/null)
+	PIP_DISABLE_PIP_VERSION_CHECK=1 $(2)/bin/python -m pip install --quiet --no-deps \
+		--force-reinstall dist/kvlib-*.whl
+	model=$$(.venv/bin/python -c 'from kvlib.smollm2 import smollm2_folder; print(smollm2_folder())') && \
+	KVLIB_ENGINE=$(1) KVLIB_ENGINE_MODEL=$$model PYTHONSAFEPATH=1 KVLIB_EXPECT_INSTALLED=1 \
+		$(2)/bin/pytest -o addopts=--import-mode=importlib -o filterwarnings= \
+		-o pythonpath=tests/engines -o faulthandler_timeout=0 tests/engines $(PYTEST_ARGS)
+endef
+
+test-vllm: $(DEV_STAMP) $(VLLM_ENV)/.installed  ## Run the tests in a real vLLM, on the CPU
+	$(call run_engine,vllm,$(VLLM_ENV))
+
+test-sglang: $(DEV_STAMP) $(SGLANG_ENV)/.installed  ## Run the tests in a real SGLang, on the CPU
+	$(call run_engine,sglang,$(SGLANG_ENV))
+
+test-engines: test-vllm test-sglang  ## Run the tests in real engines, on the CPU
+
 bench: $(DEV_STAMP)  ## Run the benchmarks, raw JSON to benchmarks/results (BENCH=keys for one)
 	@for script in benchmarks/bench_$(BENCH).py; do \
 		name=$$(basename $$script .py); echo "$$name"; \
 		OMP_NUM_THREADS=1 .venv/bin/python $$script --json benchmarks/results/$${name#bench_}.json \
 			|| exit 1; \
 	done
+
+# Before a release: the tests that can be made longer, as long as they are of use. A file's tests stay
+# together, so the kills and the soaks go on beside the rest. What they saw is in RELEASE_LOG.
+RELEASE_LOG ?= release-check.log
+KILLS ?= 10000
+SOAK_S ?= 600
+RELEASE_TESTS ?= tests/test_store tests/test_codecs tests/test_blocks.py tests/test_keys.py tests/test_plans.py
+release-check: $(DEV_STAMP)  ## Store and codecs: 10,000 kills, two soaks, long fuzzing (an hour at most; not in CI)
+	rm -f $(RELEASE_LOG)
+	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=long KVLIB_KILL_TRIALS=$(KILLS) KVLIB_SOAK_S=$(SOAK_S) \
+		KVLIB_KVLC_EDITS=120000 .venv/bin/pytest $(PARALLEL) -m 'not (gpu or engine or service)' \
+		-o faulthandler_timeout=0 --log-file=$(RELEASE_LOG) --log-file-mode=a --log-file-level=INFO \
+		$(RELEASE_TESTS) $(PYTEST_ARGS); \
+		status=$$?; grep -h 'INFO.* tests\.' $(RELEASE_LOG); exit $$status
 
 # On a CUDA machine, with the Python and the torch that are there: nothing is installed or fetched.
 # GPU_PYTHON names an interpreter that has torch, transformers and pytest.

@@ -14,6 +14,7 @@ from rich.table import Table
 from kvlib.calibration.cli import app as calibrate_app
 from kvlib.codec_bench.cli import codec as bench_codec
 from kvlib.codec_cli import app as codec_app
+from kvlib.connectors.cli import connectors, doctor, why_miss
 from kvlib.errors import KVLibError
 from kvlib.evals.cli import app as eval_app
 from kvlib.store_bench.disk_cli import store as bench_store
@@ -39,6 +40,9 @@ bench_app.command("replay")(bench_replay)
 app.add_typer(bench_app, name="bench")
 app.add_typer(codec_app, name="codec")
 app.add_typer(store_app, name="store")
+app.add_typer(connectors, name="connectors")
+app.command("doctor")(doctor)
+app.command("why-miss")(why_miss)
 console = Console()
 
 

@@ -362,11 +362,9 @@ class LayerKV:
                 f"layer {self.layer_idx} holds synthetic entries, which belong to no position: it "
                 "can only be kept whole"
             )
-        rows = [
-            ((row.positions >= start) & (row.positions < stop)).nonzero()[:, 0]
-            for row in self.rows()
-        ]
-        return self.select(rows)
+        # In int64: the end of the longest sequence, 2^31, is no int32, and would wrap around.
+        places = [row.positions.long() for row in self.rows()]
+        return self.select([((at >= start) & (at < stop)).nonzero()[:, 0] for at in places])
 
     def validate(self) -> None:
         """Check contents: positions ascending and unique in each row, synthetic last.

@@ -25,8 +25,11 @@ __all__ = [
     "CACHE_FOLDER",
     "files_identity",
     "layer_specs",
+    "model_id_text",
     "model_identity",
     "one_sequence",
+    "origin_identity",
+    "spec_for_config",
     "spec_for_model",
 ]
 
@@ -62,10 +65,23 @@ def spec_for_model(
     dtype = str(model.dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise ConfigError(f"the model computes in {dtype}; kvlib stores {', '.join(DTYPES)}")
+    identity = model_id_text(model_id) if model_id else model_identity(model)
+    return spec_for_config(config, identity=identity, dtype=dtype, adapter=adapter)
+
+
+def spec_for_config(config: Any, *, identity: str, dtype: str, adapter: str = "") -> KVSpec:
+    """The spec of the KV that a decoder with this (text) config caches, post-RoPE.
+
+    Args:
+        config: of transformers.
+        identity: of the weights; see `model_id_text`, `origin_identity`.
+        dtype: what keys and values are computed in.
+        adapter: identity of an active adapter.
+    """
     layers = layer_specs(config)
     has_rope = any(layer.rope is not None for layer in layers)
     return KVSpec(
-        model_id=model_id_text(model_id) if model_id else model_identity(model),
+        model_id=identity,
         layers=layers,
         dtype=dtype,
         adapter=adapter,
@@ -88,10 +104,26 @@ def model_identity(model: "PreTrainedModel") -> str:
     Raises:
         ConfigError: the model was built in memory or its origin is gone.
     """
-    origin = str(getattr(model.config, "_name_or_path", "") or "")
+    config = model.config
+    origin = str(getattr(config, "_name_or_path", "") or "")
+    return origin_identity(
+        origin, getattr(config, "_commit_hash", None), f"this {type(model).__name__}"
+    )
+
+
+def origin_identity(origin: str, commit: str | None, what: str) -> str:
+    """See `model_identity`.
+
+    Args:
+        origin: a folder, or a hub repository.
+        commit: of the hub.
+        what: has these weights; for the error.
+
+    Raises:
+        ConfigError: neither a folder nor a repository with a commit.
+    """
     if origin and Path(origin).expanduser().is_dir():
         return f"blake2b:{files_identity(Path(origin).expanduser()).hex()}"
-    commit = getattr(model.config, "_commit_hash", None)
     if origin and commit:
         return f"hub:{origin}@{commit}"
     seen = (
@@ -100,9 +132,8 @@ def model_identity(model: "PreTrainedModel") -> str:
         else "it has no origin"
     )
     raise ConfigError(
-        f"cannot tell which weights this {type(model).__name__} has: {seen}. Pass model_id='...' "
-        "(any text that is different for different weights); without one, its cache could be "
-        "served to another model"
+        f"cannot tell which weights {what} has: {seen}. Pass model_id='...' (any text that is "
+        "different for different weights); without one, its cache could be served to another model"
     )
 
 

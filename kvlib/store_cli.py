@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -25,6 +24,17 @@ from rich.progress import (
 from rich.table import Table
 
 from kvlib.errors import ConfigError
+from kvlib.store_cli_text import (
+    MOST_LINES,
+    ages,
+    capacity_text,
+    counted,
+    plain,
+    printable,
+    record_line,
+    size_text,
+    tenants_text,
+)
 
 if TYPE_CHECKING:
     from kvlib.store.kept import Kept, Kind
@@ -46,12 +56,11 @@ MacOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 
 _FILE_WIDTH = 140  # of tables that do not go to a terminal
-_MOST_LINES = 20
 
 
 @app.command()
 def stat(path: PathArgument, mac_key_file: MacOption = None, as_json: JsonOption = False) -> None:
-    """What a store holds: records, bytes, tokens, codecs, models."""
+    """What a store holds: records, bytes, tokens, codecs, models, tenants."""
     from kvlib.store.kept import tier_of
     from kvlib.store.upkeep import summarize
 
@@ -61,6 +70,7 @@ def stat(path: PathArgument, mac_key_file: MacOption = None, as_json: JsonOption
         with _bar("reading headers", _total_bytes(store)) as step:
             found = summarize(store, mac_key, step)
         disk = store.disk_bytes()
+        tenants, limits = store.tenants(), store.limits()
     free = _free_bytes(path)
     about: dict[str, Any] = {
         "tier": tier_of(path.expanduser()),
@@ -73,6 +83,13 @@ def stat(path: PathArgument, mac_key_file: MacOption = None, as_json: JsonOption
         "codecs": dict(found.codecs.most_common()),
         "fidelities": dict(found.fidelities.most_common()),
         "models": dict(found.models.most_common()),
+        "tenants": {
+            tag.hex(): {"records": found.tenants[tag.hex()], "used_bytes": used, "quota": quota}
+            for tag, (used, quota) in sorted(tenants.items(), key=lambda x: -x[1][0])
+        },
+        "expiring": found.expiring,
+        "expired": found.expired,
+        "limits": limits._asdict(),
         "unreadable": dict(found.unreadable.most_common()),
         "oldest_use": found.oldest,
         "newest_use": found.newest,
@@ -80,24 +97,26 @@ def stat(path: PathArgument, mac_key_file: MacOption = None, as_json: JsonOption
     if as_json:
         _print_json(about)
         return
-    table = Table(show_header=False, title=_plain(str(path)))
+    table = Table(show_header=False, title=plain(str(path)))
     table.add_column()
     table.add_column(overflow="fold")
     for name, text in (
         ("tier", about["tier"]),
         ("records", f"{found.records:,}"),
-        ("bytes of records", _size(found.nbytes)),
-        ("held with padding", _size(stats.used_bytes)),
-        ("taken of the disk", f"{_size(disk)}; {_size(free)} are free beside it"),
-        ("capacity", "set by whoever opens the store"),
+        ("bytes of records", size_text(found.nbytes)),
+        ("held with padding", size_text(stats.used_bytes)),
+        ("taken of the disk", f"{size_text(disk)}; {size_text(free)} are free beside it"),
+        ("capacity", capacity_text(limits)),
         ("tokens", f"{found.tokens:,}"),
-        ("codecs", _counted(found.codecs)),
-        ("fidelities", _counted(found.fidelities)),
-        ("models", _counted({name[:16]: n for name, n in found.models.items()})),
-        ("last use", _ages(found.oldest, found.newest)),
-        ("unreadable", _counted(found.unreadable)),
+        ("codecs", counted(found.codecs)),
+        ("fidelities", counted(found.fidelities)),
+        ("models", counted({name[:16]: n for name, n in found.models.items()})),
+        ("tenants", tenants_text(about["tenants"])),
+        ("time to live", f"{found.expiring:,} have one; it is over for {found.expired:,}"),
+        ("last use", ages(found.oldest, found.newest)),
+        ("unreadable", counted(found.unreadable)),
     ):
-        table.add_row(name, _plain(text))
+        table.add_row(name, "\n".join(map(plain, text.split("\n"))))
     _wide().print(table)
 
 
@@ -120,7 +139,7 @@ def list_records(
         for record in describe(store, mac_key):
             if codec is not None and not is_of(record.codec, codec):
                 continue
-            sys.stdout.write(_json_line(record) if as_json else _line(record))
+            sys.stdout.write(_json_line(record) if as_json else record_line(record))
             printed += 1
             if printed == limit:
                 break
@@ -152,7 +171,7 @@ def verify(
         for line in found.problems:
             _print(line)
         _print(
-            f"{found.records:,} records, {_size(found.nbytes)} in {seconds:.1f} s "
+            f"{found.records:,} records, {size_text(found.nbytes)} in {seconds:.1f} s "
             f"({found.nbytes / max(seconds, 1e-9) / 1e6:,.0f} MB/s): "
             + (f"{len(found.problems):,} problems" if found.problems else "all intact")
             + (f", {found.repaired:,} repaired" if repair else "")
@@ -177,13 +196,16 @@ def gc(
     mac_key_file: MacOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Drop records, those used longest ago first; without --disk all that the options name."""
+    """Drop what has expired; with options also others, those used longest ago first.
+
+    With --disk until so much is left, else all that --codec and --older-versions name.
+    """
     from kvlib.store.sizes import parse_bytes
     from kvlib.store.upkeep import drop, to_drop
 
-    if disk is None and codec is None and not older_versions:
-        raise ConfigError("say what shall go: --disk SIZE, --codec NAME or --older-versions")
-    most = 0 if disk is None else parse_bytes(disk, "--disk")
+    most = 0 if codec is not None or older_versions else None
+    if disk is not None:
+        most = parse_bytes(disk, "--disk")
     mac_key = _mac_key(mac_key_file)
     with _opened(path, mac_key) as store:
         before = store.stats()
@@ -206,6 +228,7 @@ def gc(
             {
                 "dropped": [record.key.to_bytes().hex() for record in going],
                 "dropped_bytes": sum(record.nbytes for record in going),
+                "expired": sum(record.ttl is not None and record.ttl <= 0 for record in going),
                 "records": after.records,
                 "used_bytes": after.used_bytes,
                 "disk_bytes": disk_bytes,
@@ -213,14 +236,14 @@ def gc(
             }
         )
         return
-    for record in going[:_MOST_LINES]:
-        sys.stdout.write(_line(record))
-    if len(going) > _MOST_LINES:
-        _print(f"... and {len(going) - _MOST_LINES:,} more")
+    for record in going[:MOST_LINES]:
+        sys.stdout.write(record_line(record))
+    if len(going) > MOST_LINES:
+        _print(f"... and {len(going) - MOST_LINES:,} more")
     _print(
         f"{len(going):,} of {before.records:,} records {'would go' if dry_run else 'went'}; "
-        f"{after.records:,} stay, which hold {_size(after.used_bytes)} and take "
-        f"{_size(disk_bytes)} of the disk"
+        f"{after.records:,} stay, which hold {size_text(after.used_bytes)} and take "
+        f"{size_text(disk_bytes)} of the disk"
     )
 
 
@@ -235,7 +258,7 @@ def clear(
 
     with _opened(path, None) as store:
         stats = store.stats()
-        text = f"{stats.records:,} records, {_size(stats.used_bytes)}, in {_plain(str(path))}"
+        text = f"{stats.records:,} records, {size_text(stats.used_bytes)}, in {plain(str(path))}"
         if not yes:
             typer.confirm(f"Drop {text}?", abort=True, err=True)
         with _bar("dropping", _total_bytes(store)) as step:
@@ -244,7 +267,7 @@ def clear(
     if as_json:
         _print_json({"dropped": dropped, "disk_bytes": disk_bytes})
     else:
-        _print(f"{dropped:,} records went; the store takes {_size(disk_bytes)} of the disk")
+        _print(f"{dropped:,} records went; the store takes {size_text(disk_bytes)} of the disk")
 
 
 @app.command("export")
@@ -282,7 +305,7 @@ def export_store(
     else:
         for line in done.problems:
             _print(f"left out: {line}")
-        _print(f"{out}: {done.records:,} records, {_size(done.nbytes)}")
+        _print(f"{out}: {done.records:,} records, {size_text(done.nbytes)}")
     if done.problems:
         raise typer.Exit(1)
 
@@ -327,11 +350,11 @@ def import_store(
     if as_json:
         _print_json(asdict(done))
     else:
-        for line in done.reasons[:_MOST_LINES]:
+        for line in done.reasons[:MOST_LINES]:
             _print(f"refused: {line}")
         _print(
-            f"{done.stored:,} records stored ({_size(done.nbytes)}), {done.duplicate:,} were there "
-            f"already, {done.refused:,} refused, {done.evicted:,} older ones went"
+            f"{done.stored:,} records stored ({size_text(done.nbytes)}), {done.duplicate:,} were "
+            f"there already, {done.refused:,} refused, {done.evicted:,} older ones went"
         )
     if done.refused:
         raise typer.Exit(1)
@@ -405,45 +428,6 @@ def _free_bytes(path: Path) -> int:
     return status.f_bavail * status.f_frsize
 
 
-def _size(nbytes: int) -> str:
-    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if nbytes >= 1 << power:
-            return f"{nbytes / (1 << power):,.1f} {unit}"
-    return f"{nbytes:,} bytes"
-
-
-def _counted(counts: Mapping[str, int]) -> str:
-    return "; ".join(f"{name}: {n:,}" for name, n in counts.items()) or "none"
-
-
-def _ages(oldest: float | None, newest: float | None) -> str:
-    if oldest is None or newest is None:
-        return "unknown"
-    return " to ".join(
-        time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(t)) for t in (oldest, newest)
-    )
-
-
-def _plain(text: str) -> str:
-    """Text of a file, which could hold markup or a terminal's control characters."""
-    return escape(_printable(text))
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text)
-
-
-def _line(record: "Record") -> str:
-    name = record.key.block.hex()[:16]
-    if record.problem:
-        return f"{name}  {record.nbytes:>12,} bytes  {_printable(record.problem)}\n"
-    stop = record.start + record.tokens
-    return (
-        f"{name}  {record.nbytes:>12,} bytes  tokens {record.start}..{stop}  "
-        f"{record.layers} layers  {_printable(record.codec)}  {_printable(record.fidelity)}\n"
-    )
-
-
 def _json_line(record: "Record") -> str:
     about = asdict(record) | {
         "block": record.key.block.hex(),
@@ -455,7 +439,7 @@ def _json_line(record: "Record") -> str:
 
 
 def _print(text: str) -> None:
-    console.print(_printable(text), markup=False, highlight=False, soft_wrap=True)
+    console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_json(about: Mapping[str, Any]) -> None:

@@ -160,6 +160,20 @@ def test_slices_of_layers_clamp():
         assert layer.slice(a, b).lengths == (0, 0)
 
 
+def test_slices_reach_the_last_position_there_is():
+    """2^31 - 1 is the last one; the end of what holds it is no int32."""
+    last = 2**31 - 1
+    layer = LayerKV(
+        layer_idx=0,
+        keys=torch.tensor([[[1.0], [2.0]]]),
+        values=torch.tensor([[[3.0], [4.0]]]),
+        positions=torch.tensor([[last - 5, last]], dtype=torch.int32),
+    )
+    assert layer.slice(last - 1, last + 1).keys.tolist() == [[[2.0]]]
+    assert layer.slice(last - 5, last + 1).keys.tolist() == [[[1.0], [2.0]]]
+    assert layer.slice(last + 1, last + 1).keys.shape == (1, 0, 1)
+
+
 def test_slices_of_synthetic_entries_are_refused():
     """An entry that belongs to no position cannot be cut away from the rest."""
     with pytest.raises(ShapeError, match="synthetic"):

@@ -242,6 +242,7 @@ FLOORS = (
         "registry",
         "snapshots",
         "spec",
+        "threads",
     },
     {"attention", "codecs", "eviction", "kernels", "store"},
     {
@@ -280,6 +281,7 @@ FLOORS = (
         "smollm2",
         "store_bench",
         "store_cli",
+        "store_cli_text",
         "testing",
     },
 )

@@ -306,7 +306,7 @@ def test_gc_of_a_codec_and_of_older_versions(tmp_path, tier, fails, monkeypatch)
     monkeypatch.setattr(CODECS.get("exact"), "version", 99)
     assert len(as_json("gc", path, "--older-versions", "--disk", used - 1)["dropped"]) == 1
     assert len(as_json("gc", path, "--older-versions")["dropped"]) == 1
-    assert "say what shall go" in fails("gc", path)
+    assert as_json("gc", path)["dropped"] == []  # nothing has expired
     assert "is not a size" in fails("gc", path, "--disk", "much")
 
 

@@ -32,6 +32,10 @@ not: on a link that is fast and slow for equal amounts of data the mean rate pro
 for 2.15 Gbit/s, where each chunk's rate is uniform in 0.1-10 Gbit/s), and a rate minus its
 deviation can reach zero, which seconds plus their deviation cannot.
 
+**Measurements.** A store measures its tiers, decoding and prefill already (`kvlib.store.cost.
+CostModel`); `Context.measured` and `CostModel.link` take them from there, so that this and the
+store's own choice between loading and computing follow from the same numbers.
+
 **Exact.** A caller who asks for exact numbers gets lossless levels or recomputation, never a lossy
 level, whatever that does to the time.
 
@@ -43,16 +47,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from kvlib.errors import ConfigError
 
 __all__ = [
     "Choice",
+    "Chunk",
     "ChunkOffer",
     "Context",
     "LinkEstimate",
     "Progress",
+    "Speeds",
     "StreamController",
     "StreamRule",
     "time_to_recompute",
@@ -169,6 +175,32 @@ class ChunkOffer:
             )
 
 
+class Speeds(Protocol):
+    """What is known of this machine; `kvlib.store.cost.CostModel` is one."""
+
+    def decode_seconds(self, num_bytes: int) -> float | None:
+        """Seconds to decode so many bytes of KV; None if that is not known."""
+        ...
+
+    def prefill_seconds(self, tokens: int, position: int) -> float | None:
+        """Seconds to compute tokens from a position on; None if that is not known."""
+        ...
+
+
+class Chunk(NamedTuple):
+    """A chunk as it is stored.
+
+    Attributes:
+        tokens: tokens it covers.
+        nbytes: bytes to transfer at each level, finest level first.
+        raw_bytes: bytes of the KV that it decodes to.
+    """
+
+    tokens: int
+    nbytes: tuple[int, ...]
+    raw_bytes: int
+
+
 @dataclass(frozen=True, slots=True)
 class Context:
     """The chunks of one context in order, and which levels are lossless.
@@ -200,6 +232,31 @@ class Context:
             )
         sums = accumulate((offer.prefill_s for offer in reversed(self.offers)), initial=0.0)
         object.__setattr__(self, "prefill_from", tuple(sums)[::-1])
+
+    @classmethod
+    def measured(
+        cls, speeds: Speeds, chunks: Sequence[Chunk], *, start: int = 0, lossless_levels: int = 0
+    ) -> "Context | None":
+        """A context whose times are those measured.
+
+        Args:
+            speeds: the measurements.
+            chunks: in order.
+            start: tokens before the first chunk, which are there already.
+            lossless_levels: see the class.
+
+        Returns:
+            None as long as decoding or prefill was never measured: then there is nothing to weigh.
+        """
+        offers = []
+        for chunk in chunks:
+            decode = speeds.decode_seconds(chunk.raw_bytes)
+            prefill = speeds.prefill_seconds(chunk.tokens, start)
+            if decode is None or prefill is None:
+                return None
+            offers.append(ChunkOffer(chunk.tokens, chunk.nbytes, decode, prefill))
+            start += chunk.tokens
+        return cls(tuple(offers), lossless_levels)
 
     @property
     def levels(self) -> int:

@@ -3,11 +3,15 @@
 
 An entry is one container, named by the 128 hexadecimal digits of its StoreKey and ``.kvlc``, in the
 order of use. The archive is not compressed (records are) and in the GNU format, which any tar
-reads. What comes in may be hostile: headers are read in blocks of 512 bytes, only regular files
+reads. What is kept on terms says so in the names of its owner and group: ``kvlib-<tenant>`` (16
+hexadecimal digits) and ``kvlib-<milliseconds since 1970>``, when its time is over.
+
+What comes in may be hostile: headers are read in blocks of 512 bytes, only regular files
 with such a name are looked at, and what is not a whole, verified record under that name is refused.
 """
 
 import os
+import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,6 +25,7 @@ from kvlib.codecs.header import MAX_DECODED_BYTES
 from kvlib.errors import CodecError, CorruptDataError
 from kvlib.store.folder import RECORD_NAME, record_key
 from kvlib.store.kept import Kept
+from kvlib.store.terms import NO_TENANT, NO_TERMS, Terms, WallClock
 from kvlib.store.tier import verify_record
 from kvlib.store.upkeep import GIVEN_UP, Step, read_whole
 
@@ -29,6 +34,8 @@ __all__ = ["Exported", "Imported", "contents", "export_records", "import_records
 _BLOCK = tarfile.BLOCKSIZE
 _LONGEST_NAME = 4096
 _MOST_REASONS = 100
+_TENANT = re.compile(r"kvlib-([0-9a-f]{16})")
+_EXPIRES = re.compile(r"kvlib-([0-9]{1,15})")
 
 
 @dataclass(slots=True)
@@ -74,13 +81,16 @@ class Imported:
 
 
 def export_records(store: Kept, out: BinaryIO, step: Step = lambda done: None) -> Exported:
-    """Write every record, verified, the one used longest ago first.
+    """Write every record, verified, the one used longest ago first, but none whose time is over.
 
     Raises:
         OSError: the archive cannot be written.
     """
     done = Exported()
     for key in list(store.keys()):
+        terms = store.terms(key) or NO_TERMS
+        if terms.ttl is not None and terms.ttl <= 0:
+            continue
         try:
             data = read_whole(store, key)
         except GIVEN_UP as exc:
@@ -91,6 +101,10 @@ def export_records(store: Kept, out: BinaryIO, step: Step = lambda done: None) -
         info = tarfile.TarInfo(f"{key.to_bytes().hex()}.kvlc")
         info.size = data.nbytes
         info.mode = 0o600
+        if terms.tenant != NO_TENANT:
+            info.uname = f"kvlib-{terms.tenant.hex()}"
+        if terms.ttl is not None:
+            info.gname = f"kvlib-{WallClock().until(terms.ttl)}"
         out.write(info.tobuf(tarfile.GNU_FORMAT, "ascii", "strict"))
         out.write(data)
         out.write(bytes(-data.nbytes % _BLOCK))
@@ -108,6 +122,7 @@ class _Entry(NamedTuple):
     offset: int
     nbytes: int
     refused: str = ""
+    terms: Terms = NO_TERMS
 
 
 def _entries(file: BufferedIOBase) -> Iterator[_Entry]:
@@ -148,7 +163,16 @@ def _entries(file: BufferedIOBase) -> Iterator[_Entry]:
             refused = "expected 128 hexadecimal digits and .kvlc"
         elif nbytes > MAX_DECODED_BYTES:
             refused = f"{nbytes} bytes are more than a record may have"
-        yield _Entry(name, start, nbytes, refused)
+        yield _Entry(name, start, nbytes, refused, _terms(info))
+
+
+def _terms(info: tarfile.TarInfo) -> Terms:
+    """On what terms an entry was kept, as far as it says."""
+    tenant, expires = _TENANT.fullmatch(info.uname), _EXPIRES.fullmatch(info.gname)
+    return Terms(
+        tenant=bytes.fromhex(tenant[1]) if tenant else NO_TENANT,
+        ttl=WallClock().left(int(expires[1])) if expires else None,
+    )
 
 
 def contents(file: BufferedIOBase) -> tuple[int, int]:
@@ -205,9 +229,11 @@ def _import(
     except (CodecError, OSError) as exc:
         done.refuse(f"{_shown(entry.name)}: {exc}")
         return
-    if store.contains_many([key])[0]:
+    if entry.terms.ttl is not None and entry.terms.ttl <= 0:
+        done.refuse(f"{_shown(entry.name)}: its time is over")
+    elif store.contains_many([key])[0]:
         done.duplicate += 1
-    elif store.put(key, [data]):
+    elif store.put(key, [data], entry.terms):
         done.stored += 1
         done.nbytes += entry.nbytes
     else:

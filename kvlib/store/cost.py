@@ -14,6 +14,10 @@ that becomes busy is noticed. Coefficients that would be negative are taken as 0
 Blocks are loaded from the front and computed at the end, since computing needs all KV before it.
 With both going on at once the time is the larger of loading blocks [0, m) and computing [m, n);
 `CostModel.split` gives the best m.
+
+These are the measurements of `kvlib.codecs.streaming`, too, where a medium is so slow that it pays
+to fetch a coarser encoding: `CostModel.link` is its estimate of a tier, and its `Context.measured`
+asks a `CostModel` for decoding and prefill. There is no second model of any of them.
 """
 
 import threading
@@ -21,6 +25,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from kvlib.codecs.streaming import LinkEstimate
 
 __all__ = ["HALF_LIFE", "CostModel", "Line", "Split"]
 
@@ -38,6 +44,8 @@ class Line:
     def __init__(self, unknowns: int) -> None:
         self._xx = np.zeros((unknowns, unknowns))
         self._xy = np.zeros(unknowns)
+        self._yy = 0.0
+        self._weight = 0.0
         self.samples = 0
 
     def add(self, x: Sequence[float], y: float) -> None:
@@ -47,6 +55,8 @@ class Line:
         weight = 1 / max(*row, _TINY)
         self._xx = self._xx * decay + weight * np.outer(row, row)
         self._xy = self._xy * decay + weight * y * row
+        self._yy = self._yy * decay + weight * y * y
+        self._weight = self._weight * decay + 1
         self.samples += 1
 
     def coefficients(self) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
@@ -72,6 +82,18 @@ class Line:
     def at(self, x: Sequence[float]) -> float | None:
         """y, or None before the first sample."""
         return float(self.coefficients() @ np.asarray(x)) if self.samples else None
+
+    def deviation(self, x: Sequence[float]) -> float | None:
+        """By how much samples at x miss `at`, as a root mean square.
+
+        None while there are no more samples than unknowns: a line goes through any such few.
+        """
+        spare = self._weight - self._xy.size
+        if self.samples <= self._xy.size or spare <= 0:
+            return None
+        c = self.coefficients()
+        error = self._yy - 2 * float(c @ self._xy) + float(c @ self._xx @ c)
+        return float(np.sqrt(max(error, 0.0) / spare * max(*x, _TINY)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +144,22 @@ class CostModel:
         with self._lock:
             line = self._reads.get(tier)
             return None if line is None else line.at((1.0, num_bytes))
+
+    def link(self, tier: str, num_bytes: int) -> LinkEstimate:
+        """A tier as a link that streams chunks of about that size.
+
+        Its pace has the tier's latency in it. While there are too few samples to tell how far they
+        stray, they may stray by all of it, as with the first measurement of a `LinkEstimate`.
+        """
+        with self._lock:
+            line = self._reads.get(tier)
+            seconds = None if line is None else line.at((1.0, num_bytes))
+            if line is None or not seconds:
+                return LinkEstimate()
+            deviation = line.deviation((1.0, num_bytes))
+        return LinkEstimate(
+            seconds / num_bytes, (seconds if deviation is None else deviation) / num_bytes
+        )
 
     def decode_seconds(self, num_bytes: int) -> float | None:
         """Expected time to decode so many bytes of KV; None when nothing was decoded yet."""

@@ -2,14 +2,15 @@
 """Which records hold a prompt: found by walking its keys, with headers remembered.
 
 The cache of headers only saves reads. What it says is checked against the tiers each time, and what
-a record really holds is checked again when it is loaded.
+a record really holds is checked again when it is loaded. `remembered_run` alone does not look at
+the tiers: it is the answer for those who must not wait for a disk, as true as the last look.
 """
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -18,6 +19,9 @@ from kvlib.errors import CodecError
 from kvlib.keys import BlockKey, StoreKey
 from kvlib.spec import EXACT
 from kvlib.store.tier import Tier
+
+if TYPE_CHECKING:
+    from kvlib.store.device import DeviceTier
 
 __all__ = ["Directory", "Found", "Identity"]
 
@@ -64,10 +68,14 @@ class Directory:
     Args:
         tiers: where records are.
         mac_key: see `kvlib.codecs.container.parse_header`.
+        device: where blocks are decoded already, in front of all tiers.
     """
 
-    def __init__(self, tiers: Sequence[Tier], mac_key: bytes | None) -> None:
+    def __init__(
+        self, tiers: Sequence[Tier], mac_key: bytes | None, device: "DeviceTier | None" = None
+    ) -> None:
         self._tiers = tiers
+        self._device = device
         self._mac_key = mac_key
         self._lock = threading.Lock()
         self._headers: OrderedDict[StoreKey, tuple[BlockKey, ...]] = OrderedDict()
@@ -91,13 +99,14 @@ class Directory:
                 keys = parse_header(front.data, mac_key=self._mac_key).keys
             except CodecError:
                 continue
-            self._remember(key, keys)
+            self.remember(key, keys)
             return keys
         with self._lock:
             self._headers.pop(key, None)
         return None
 
-    def _remember(self, key: StoreKey, keys: tuple[BlockKey, ...]) -> None:
+    def remember(self, key: StoreKey, keys: tuple[BlockKey, ...]) -> None:
+        """Note the keys of the blocks in a record."""
         with self._lock:
             self._headers[key] = keys
             self._headers.move_to_end(key)
@@ -108,32 +117,61 @@ class Directory:
         self, identities: Sequence[Identity], keys: Sequence[BlockKey], at: int
     ) -> Found | None:
         """The record that starts with block `at`, under the best identity."""
-        for identity in identities:
-            key = StoreKey(keys[at], identity.storage)
-            held = self.record_keys(key)
-            if held:
-                count = 0
-                while (
-                    count < len(held) and at + count < len(keys) and held[count] == keys[at + count]
-                ):
-                    count += 1
-                if count:
-                    return Found(key, at, count, held, identity)
-        return None
+        return _find(self.record_keys, identities, keys, at)
 
     def run(self, identities: Sequence[Identity], keys: Sequence[BlockKey]) -> list[Found]:
         """The records that hold the leading blocks of a prompt, in order."""
-        run: list[Found] = []
-        at = 0
-        while at < len(keys):
-            found = self.find(identities, keys, at)
-            if found is None:
-                break
-            run.append(found)
-            at += found.count
-        return run
+        return _run(self.record_keys, identities, keys)
+
+    def loadable_run(self, identities: Sequence[Identity], keys: Sequence[BlockKey]) -> list[Found]:
+        """The same for who wants to load them: blocks may be left on the device alone.
+
+        For all others these are not stored: they are gone with the process, and cannot be pinned.
+        """
+        return _run(self._loadable, identities, keys)
+
+    def _loadable(self, key: StoreKey) -> tuple[BlockKey, ...] | None:
+        decoded = None if self._device is None else self._device.record_keys(key)
+        return self.record_keys(key) if decoded is None else decoded
+
+    def remembered_run(
+        self, identities: Sequence[Identity], keys: Sequence[BlockKey]
+    ) -> list[Found]:
+        """The records that are remembered to hold the leading blocks; touches no tier."""
+        with self._lock:
+            return _run(self._headers.get, identities, keys)
 
     def forget(self, key: StoreKey) -> None:
         """Drop what is remembered of a record."""
         with self._lock:
             self._headers.pop(key, None)
+
+
+_Look = Callable[[StoreKey], "tuple[BlockKey, ...] | None"]
+
+
+def _find(
+    look: _Look, identities: Sequence[Identity], keys: Sequence[BlockKey], at: int
+) -> Found | None:
+    for identity in identities:
+        key = StoreKey(keys[at], identity.storage)
+        held = look(key)
+        if held:
+            count = 0
+            while count < len(held) and at + count < len(keys) and held[count] == keys[at + count]:
+                count += 1
+            if count:
+                return Found(key, at, count, held, identity)
+    return None
+
+
+def _run(look: _Look, identities: Sequence[Identity], keys: Sequence[BlockKey]) -> list[Found]:
+    run: list[Found] = []
+    at = 0
+    while at < len(keys):
+        found = _find(look, identities, keys, at)
+        if found is None:
+            break
+        run.append(found)
+        at += found.count
+    return run

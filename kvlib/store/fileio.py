@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from kvlib.errors import CorruptDataError
 
-__all__ = ["CREATE", "READ", "TooLateError", "read_at", "scandir", "write_all"]
+__all__ = ["CREATE", "READ", "TooLateError", "free_bytes", "read_at", "scandir", "write_all"]
 
 READ = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
@@ -26,6 +26,15 @@ def scandir(path: str | os.PathLike[str]) -> "list[os.DirEntry[str]]":
             return list(entries)
     except OSError:
         return []
+
+
+def free_bytes(folder: str | os.PathLike[str]) -> int:
+    """What a file system has left for us; 0 if it does not say."""
+    try:
+        status = os.statvfs(folder)
+    except (OSError, AttributeError):
+        return 0
+    return status.f_bavail * status.f_frsize
 
 
 def read_at(fd: int, out: memoryview, offset: int, deadline: float | None) -> None:

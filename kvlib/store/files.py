@@ -2,7 +2,7 @@
 """The file tier: one file a record, for local and network file systems.
 
     FORMAT                       version of this layout
-    <xx>/<128 hex digits>.kvlc   a record: the container alone, named by its StoreKey
+    <xx>/<128 hex digits>.kvlc   a record, named by its StoreKey (`kvlib.store.file_record`)
     tmp/<owner>/                 half-written files of one open store (`kvlib.store.folder`)
 
 A record is written under a temporary name and renamed, so a reader sees all of it or nothing. It is
@@ -12,27 +12,31 @@ of 256 folders keeps each at a few thousand names for a million records, and a s
 Several processes may share a folder. Each finds what the others wrote, since a name that is not in
 its index is looked up in the file system. Each keeps the capacity against what it knows; it scans
 the folder again before it evicts, at most every few seconds, so together they may exceed the
-capacity by what they write within that time.
+capacity, or a tenant's quota, by what they write within that time.
 """
 
-import contextlib
 import errno
 import os
+import sys
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, Self
 
-from kvlib.codecs.container import Buffer, header_size
+from kvlib.codecs.container import Buffer
 from kvlib.errors import CorruptDataError, IncompatibleDataError, StoreClosedError
 from kvlib.keys import StoreKey
-from kvlib.store import folder
-from kvlib.store.fileio import CREATE, READ, TooLateError, read_at, scandir, write_all
+from kvlib.store import file_record, folder
+from kvlib.store.file_record import END_BYTES, End
+from kvlib.store.fileio import READ, TooLateError, free_bytes
+from kvlib.store.replacement import Hint, Replacement
+from kvlib.store.replacement.roster import Roster
 from kvlib.store.sizes import parse_bytes
-from kvlib.store.tier import CheckReport, Pins, TierStats, verify_part, verify_record
+from kvlib.store.terms import NO_TERMS, Terms, WallClock, is_over
+from kvlib.store.tier import CheckReport, Pins, TierStats
 
 __all__ = ["FileStore"]
 
@@ -48,6 +52,11 @@ class FileStore:
         path: the folder; made if missing, readable by its owner only.
         capacity: hard limit of bytes on disk, counted in whole pages of 4 KiB; None for no limit.
         mac_key: 16 to 64 secret bytes: only records authenticated under it are read.
+        replacement: which records go first: method string of one of `REPLACEMENTS`, or the policy.
+        min_free: bytes of the file system that are left to others: with less, what comes takes the
+            room of what goes.
+
+    Opening it reads the last bytes of every file.
 
     Raises:
         ConfigError: the folder is foreign, somebody else's, or cannot be made.
@@ -56,6 +65,7 @@ class FileStore:
 
     name: ClassVar[str] = "file"
     persistent: ClassVar[bool] = True
+    _EXPIRES: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -63,16 +73,22 @@ class FileStore:
         *,
         capacity: int | str | None = None,
         mac_key: bytes | None = None,
+        replacement: str | Replacement = "lru",
+        min_free: int | str = 0,
     ) -> None:
         self._root = Path(path).expanduser()
         self._capacity = None if capacity is None else parse_bytes(capacity, "capacity")
         self._mac_key = mac_key
         self._pid = os.getpid()
         self._lock = threading.RLock()
-        self._index: OrderedDict[StoreKey, folder.Entry] = OrderedDict()
+        self._min_free = parse_bytes(min_free, "min_free")
+        self._clock = WallClock()
+        most = sys.maxsize if self._capacity is None else self._capacity
+        self._index: dict[StoreKey, folder.Entry] = {}
+        self._roster: Roster[StoreKey] = Roster(replacement, most, self._clock.seconds)
         self._stats = TierStats(capacity_bytes=self._capacity)
         self._pins = Pins()
-        self._reserved = 0
+        self._reserved: Counter[bytes] = Counter()  # bytes of writes under way, by tenant
         self._last_stamp = 0
         self._counter = 0
         self._closed = False
@@ -81,7 +97,7 @@ class FileStore:
         self._own.sweep()
         self._scanned = 0.0
         self._scan()
-        self._remove(self._make_room(0))
+        self.trim(most)
 
     # -- small things
 
@@ -101,25 +117,23 @@ class FileStore:
             values = {name: getattr(self._stats, name) + n for name, n in more.items()}
             self._stats = replace(self._stats, **values)
 
-    def _add(self, key: StoreKey, size: int, *, last: bool = True) -> None:
-        """Put a record into the index; the lock is held."""
-        entry = folder.Entry(size, time.monotonic())
-        old = self._index.get(key)
-        self._index[key] = entry
-        self._index.move_to_end(key, last=last)
-        self._count(
-            records=0 if old else 1, used_bytes=entry.physical - (old.physical if old else 0)
-        )
-
-    def _admit(self, key: StoreKey, size: int, *, last: bool = True) -> None:
+    def _admit(
+        self, key: StoreKey, size: int, end: End, hint: Hint | None = None
+    ) -> folder.Entry | None:
         """Put a record into the index if its file is there; the lock is held.
 
         With `_forget_gone` after every unlink, the index never keeps a record that another thread
         deleted meanwhile: what enters before the unlink is forgotten after it, what would enter
         after it finds no file.
         """
-        if self._path(key).exists():
-            self._add(key, size, last=last)
+        if not self._path(key).exists():
+            return None
+        self._forget(key)
+        entry = self._index[key] = folder.Entry(size, time.monotonic(), end)
+        terms = Terms(ttl=self._clock.left(end.expires), tenant=end.tenant, hint=hint)
+        self._roster.insert(key, entry.physical, terms)
+        self._count(records=1, used_bytes=entry.physical)
+        return entry
 
     def _forget_gone(self, key: StoreKey) -> None:
         """Take a record out of the index unless its file is there."""
@@ -127,13 +141,33 @@ class FileStore:
             if not self._path(key).exists():
                 self._forget(key)
 
-    def _forget(self, key: StoreKey) -> bool:
+    def _forget(self, key: StoreKey, *, evicted: bool = False) -> bool:
         """Take a record out of the index; the lock is held."""
         entry = self._index.pop(key, None)
         if entry is None:
             return False
+        self._roster.remove(key, evicted=evicted)
         self._count(records=-1, used_bytes=-entry.physical)
         return True
+
+    def _live(self, key: StoreKey) -> folder.Entry | None:
+        """A record of the index or the folder; one whose time is over is dropped."""
+        with self._lock:
+            entry = self._index.get(key)
+        entry = entry or self._found(key)
+        if entry is None or not self._is_over(entry.end):
+            return entry
+        self._expire(key)
+        return None
+
+    def _is_over(self, end: End) -> bool:
+        return self._EXPIRES and is_over(end.expires, self._clock.now())
+
+    def _expire(self, key: StoreKey) -> None:
+        """Drop a record whose time is over; it is counted once, by whoever finds it first."""
+        with self._lock:
+            self._count(expired=self._forget(key))
+        self._remove([key])
 
     def _stamp(self) -> int:
         """A file time later than any this store has given; the lock is held."""
@@ -141,83 +175,97 @@ class FileStore:
         return self._last_stamp
 
     def _scan(self) -> None:
-        """Bring the index up to what the folder holds; new records count as the oldest."""
+        """Bring the index up to what the folder holds; of what is new, the order of use is kept."""
         with self._lock:
             before = set(self._index)
-        found: list[tuple[int, StoreKey, int]] = []
-        for shelf in scandir(self._root):
-            if len(shelf.name) == 2 and shelf.is_dir(follow_symlinks=False):
-                for file in scandir(shelf.path):
-                    match = folder.RECORD_NAME.fullmatch(file.name)
-                    try:
-                        if match and file.is_file(follow_symlinks=False):
-                            stat = file.stat(follow_symlinks=False)
-                            found.append(
-                                (stat.st_mtime_ns, folder.record_key(match[1]), stat.st_size)
-                            )
-                    except OSError:
-                        continue
-        found.sort(reverse=True)
+        found = folder.record_files(self._root)
+        if found and not before:  # nobody used it later than now, whatever the clock says
+            self._clock.at_least(found[-1][0] // 10**6)
+        for _, key, total in found:
+            if key not in before:
+                self._enter(key, total)
         with self._lock:
-            for _, key, size in found:
-                if key not in self._index:
-                    self._admit(key, size, last=False)
             for key in before - {key for _, key, _ in found}:
                 if not self._path(key).exists():
                     self._forget(key)
             self._scanned = time.monotonic()
 
+    def _enter(self, key: StoreKey, total: int) -> folder.Entry | None:
+        """Put a file of `total` bytes into the index."""
+        end = file_record.peek_end(self._path(key), key, total)
+        with self._lock:
+            if key in self._index:
+                return self._index[key]
+            return self._admit(key, max(total - END_BYTES, 0), end)
+
     # -- room
 
-    def _make_room(self, size: int) -> list[StoreKey] | None:
-        """Reserve `size` bytes; the records to delete for it, or None if it can never fit."""
-        if self._capacity is None:
-            with self._lock:
-                self._reserved += size
-            return []
-        if size > self._capacity:
+    def _make_room(self, key: StoreKey, physical: int, terms: Terms) -> list[StoreKey] | None:
+        """Reserve room for a record; the records to delete for it, or None if it can never fit."""
+        quota = sys.maxsize if terms.quota is None else terms.quota
+        capacity = sys.maxsize if self._capacity is None else self._capacity
+        if physical > min(quota, capacity):
             return None
         with self._lock:
-            full = self._stats.used_bytes + self._reserved + size > self._capacity
+            full = max(self._beyond(capacity), self._beyond(quota, terms.tenant)) + physical > 0
             stale = time.monotonic() - self._scanned > _RESCAN_S
         if full and stale:
             self._scan()
         with self._lock:
-            need = self._stats.used_bytes + self._reserved + size - self._capacity
-            victims = self._take_out(need)
-            if victims is not None:  # else the rest is pinned, or reserved by writes under way
-                self._reserved += size
-        return victims
+            if not self._roster.admit(key, physical, terms):
+                return None
+            pinned = self._pins.keys
+            need = self._beyond(quota, terms.tenant) + physical
+            own = list(self._roster.victims(need, pinned, terms.tenant))
+            if self._physical(own) < need:
+                return None  # the rest is pinned, or reserved by writes under way
+            need = max(self._beyond(capacity), self._short(physical)) + physical
+            need -= self._physical(own)
+            others = list(self._roster.victims(need, {*pinned, *own} if own else pinned))
+            if self._physical(others) < need:
+                return None
+            self._take_out([*own, *others])
+            self._reserved[terms.tenant] += physical
+        return [*own, *others]
 
-    def _take_out(self, need: int, *, insist: bool = True) -> list[StoreKey] | None:
-        """Forget the oldest until `need` bytes are free; if we insist, all or none (locked)."""
-        victims = []
-        for key, entry in self._index.items():
-            if need <= 0:
-                break
-            if key not in self._pins.keys:
-                victims.append(key)
-                need -= entry.physical
-        if insist and need > 0:
-            return None
-        for key in victims:
-            self._forget(key)
-        self._count(evicted=len(victims))
-        return victims
+    def _beyond(self, limit: int, tenant: bytes | None = None) -> int:
+        """Bytes by which all records, or a tenant's, with writes under way, exceed a limit."""
+        if tenant is None:
+            return self._stats.used_bytes + self._reserved.total() - limit
+        return self._roster.used_bytes(tenant) + self._reserved[tenant] - limit
 
-    def _evict(self, size: int) -> None:
-        """Delete the records used longest ago until `size` bytes are free."""
-        with self._lock:
-            victims = self._take_out(size, insist=False)
-        self._remove(victims)
+    def _short(self, physical: int) -> int:
+        """0 if the file system is to have no less room afterwards, else `-physical`."""
+        short = self._min_free and free_bytes(self._root) - physical < self._min_free
+        return 0 if short else -physical
 
-    def _remove(self, keys: Sequence[StoreKey] | None) -> None:
-        for key in keys or ():
+    def _physical(self, keys: Sequence[StoreKey]) -> int:
+        return sum(self._index[key].physical for key in keys)
+
+    def _take_out(self, keys: Sequence[StoreKey]) -> None:
+        """Forget records that make room; the lock is held."""
+        for key in keys:
+            over = self._roster.is_over(key)
+            self._forget(key, evicted=not over)
+            self._count(evicted=not over, expired=over)
+
+    def _remove(self, keys: Sequence[StoreKey]) -> None:
+        for key in keys:
             try:
                 self._path(key).unlink(missing_ok=True)
             except OSError:
                 self._count(errors=1)
             self._forget_gone(key)
+
+    def trim(self, most_bytes: int, tenant: bytes | None = None) -> int:
+        """See `Tier.trim`."""
+        self._check_open()
+        with self._lock:
+            need = self._beyond(most_bytes, tenant)
+            victims = list(self._roster.victims(need, self._pins.keys, tenant))
+            self._take_out(victims)
+        self._remove(victims)
+        return len(victims)
 
     # -- reading
 
@@ -232,15 +280,18 @@ class FileStore:
         self._check_open()
         out = memoryview(buf).cast("B")
         inode = -1
+        size = 0
         try:
             fd = os.open(self._path(key), READ)
             try:
                 status = os.fstat(fd)
                 inode = status.st_ino
-                if sections is None:
-                    got = self._read_whole(fd, key, out, status.st_size, deadline)
-                else:
-                    got = self._read_parts(fd, key, out, status.st_size, sections, deadline)
+                end = file_record.read_end(fd, key, status.st_size, deadline)
+                size = status.st_size - END_BYTES
+                over = self._is_over(end)
+                got = None
+                if not over:
+                    got = file_record.read(fd, key, out, size, sections, self._mac_key, deadline)
             finally:
                 os.close(fd)
         except FileNotFoundError:
@@ -258,58 +309,17 @@ class FileStore:
             self._count(errors=1, misses=1)
             return None
         if got is None:
+            self._live(key)  # if its time is over, it goes
             self._count(misses=1)
             return None
         with self._lock:
             self._count(hits=1, read_bytes=got)
             if key not in self._index:
-                self._admit(key, status.st_size)
+                self._admit(key, size, end)
+            if sections is None or sections:
+                self._roster.hit(key)
         self.touch([key])
-        return status.st_size
-
-    def _read_whole(
-        self, fd: int, key: StoreKey, out: memoryview, size: int, deadline: float | None
-    ) -> int | None:
-        if size > out.nbytes:
-            return None
-        read_at(fd, out[:size], 0, deadline)
-        verify_record(key, out[:size], mac_key=self._mac_key)
         return size
-
-    def _read_parts(
-        self,
-        fd: int,
-        key: StoreKey,
-        out: memoryview,
-        size: int,
-        sections: Collection[int],
-        deadline: float | None,
-    ) -> int | None:
-        first = min(size, folder.PAGE, out.nbytes)
-        read_at(fd, out[:first], 0, deadline)
-        front = header_size(out[:first])
-        if front > out.nbytes:
-            return None
-        if front > first:
-            if front > size:
-                raise CorruptDataError(f"a header of {front} bytes in a file of {size}")
-            read_at(fd, out[first:front], first, deadline)
-        header = verify_part(key, out[:front], mac_key=self._mac_key)
-        if header.total_bytes != size:
-            raise CorruptDataError(f"a record of {header.total_bytes} bytes in a file of {size}")
-        if any(
-            header.sections[i].offset + header.sections[i].stored_bytes > out.nbytes
-            for i in sections
-        ):
-            return None
-        got = front
-        for i in sections:
-            info = header.sections[i]
-            view = out[info.offset : info.offset + info.stored_bytes]
-            read_at(fd, view, info.offset, deadline)
-            header.verify(info, view)
-            got += info.stored_bytes
-        return got
 
     def _drop(self, key: StoreKey, inode: int) -> None:
         """Delete a damaged record, unless another file has taken its place meanwhile."""
@@ -323,17 +333,20 @@ class FileStore:
 
     # -- writing
 
-    def put(self, key: StoreKey, parts: Sequence[Buffer]) -> bool:
+    def put(self, key: StoreKey, parts: Sequence[Buffer], terms: Terms | None = None) -> bool:
         """See `Tier.put`."""
         self._check_open()
-        if self.contains_many([key])[0]:
+        terms = terms or NO_TERMS
+        if self._live(key) is not None:
             self._count(duplicates=1)
-            self.touch([key])
+            self.touch([key], terms.hint)
             return True
         views = [memoryview(part).cast("B") for part in parts if memoryview(part).nbytes]
         size = sum(view.nbytes for view in views)
-        physical = -(-size // folder.PAGE) * folder.PAGE
-        victims = self._make_room(physical)
+        end = End(self._clock.until(terms.ttl), terms.tenant)
+        views.append(memoryview(file_record.pack_end(key, end)))
+        physical = file_record.physical_bytes(size)
+        victims = self._make_room(key, physical, terms)
         if victims is None:
             self._count(rejected=1)
             return False
@@ -341,13 +354,13 @@ class FileStore:
         try:
             failed = self._write(key, views)
             if failed in _NO_ROOM:
-                self._evict(2 * physical)
+                self.trim(self._stats.used_bytes - 2 * physical)
                 failed = self._write(key, views)
         finally:
             with self._lock:
-                self._reserved -= physical
+                self._reserved[terms.tenant] -= physical
                 if not failed:
-                    self._admit(key, size)
+                    self._admit(key, size, end, terms.hint)
                     self._count(puts=1, written_bytes=size)
         if failed:
             self._count(rejected=1, errors=0 if failed in _NO_ROOM else 1)
@@ -360,50 +373,40 @@ class FileStore:
             self._counter += 1
             temporary = self._own.path / f"{self._counter}.tmp"
             stamp = self._stamp()
-        path = self._path(key)
-        try:
-            fd = os.open(temporary, CREATE, 0o600)
-            try:
-                write_all(fd, views)
-            finally:
-                os.close(fd)
-            os.utime(temporary, ns=(stamp, stamp))  # tells the order of use at the next open
-            path.parent.mkdir(mode=0o700, exist_ok=True)
-            os.replace(temporary, path)
-        except OSError as exc:
-            with contextlib.suppress(OSError):  # if it stays, the next open sweeps it
-                temporary.unlink(missing_ok=True)
-            return exc.errno or errno.EIO
-        return 0
+        return file_record.write(temporary, self._path(key), views, stamp)
 
     # -- the rest of the interface
 
     def contains_many(self, keys: Sequence[StoreKey]) -> list[bool]:
         """See `Tier.contains_many`."""
         self._check_open()
-        with self._lock:
-            known = [key in self._index for key in keys]
-        return [have or self._found(key) is not None for key, have in zip(keys, known, strict=True)]
+        return [self._live(key) is not None for key in keys]
 
-    def _found(self, key: StoreKey) -> int | None:
-        """Size of a record that another process may have written; it enters the index."""
+    def _found(self, key: StoreKey) -> folder.Entry | None:
+        """A record that another process may have written; it enters the index."""
         try:
-            size = os.stat(self._path(key), follow_symlinks=False).st_size
+            total = os.stat(self._path(key), follow_symlinks=False).st_size
         except OSError:
             return None
-        with self._lock:
-            if key not in self._index:
-                self._admit(key, size)
-        return size
+        return self._enter(key, total)
 
     def size(self, key: StoreKey) -> int | None:
         """See `Tier.size`."""
         self._check_open()
+        entry = self._live(key)
+        return None if entry is None else entry.size
+
+    def terms(self, key: StoreKey) -> Terms | None:
+        """See `Tier.terms`."""
+        self._check_open()
         with self._lock:
             entry = self._index.get(key)
-        return entry.size if entry is not None else self._found(key)
+        entry = entry or self._found(key)
+        if entry is None:
+            return None
+        return Terms(ttl=self._clock.left(entry.end.expires), tenant=entry.end.tenant)
 
-    def touch(self, keys: Sequence[StoreKey]) -> None:
+    def touch(self, keys: Sequence[StoreKey], hint: Hint | None = None) -> None:
         """See `Tier.touch`."""
         self._check_open()
         due = []
@@ -413,7 +416,7 @@ class FileStore:
                 entry = self._index.get(key)
                 if entry is None:
                     continue
-                self._index.move_to_end(key)
+                self._roster.touch(key, hint)
                 entry.used = True
                 if now - entry.stamped > _STAMP_S:
                     entry.stamped = now
@@ -441,9 +444,7 @@ class FileStore:
     def delete(self, key: StoreKey) -> bool:
         """See `Tier.delete`."""
         self._check_open()
-        held = self.contains_many([key])[0]
-        with self._lock:
-            self._forget(key)
+        held = self._live(key) is not None
         self._remove([key])
         return held
 
@@ -451,7 +452,7 @@ class FileStore:
         """See `Tier.keys`."""
         self._check_open()
         with self._lock:
-            return iter(list(self._index))
+            return self._roster.keys()
 
     def stats(self) -> TierStats:
         """See `Tier.stats`."""
@@ -470,7 +471,7 @@ class FileStore:
         problems = []
         repaired = 0
         for key in entries:
-            problem = folder.problem_of(self._path(key), key, self._mac_key)
+            problem = file_record.problem_of(self._path(key), key, self._mac_key)
             if problem:
                 problems.append(f"{key.block.hex()[:16]}: {problem}")
                 if repair:
@@ -487,7 +488,7 @@ class FileStore:
             return
         self._closed = True
         with self._lock:
-            due = [(key, self._stamp()) for key, entry in self._index.items() if entry.used]
+            due = [(key, self._stamp()) for key in self._roster.keys() if self._index[key].used]
         self._set_times(due)
         self._own.close()
 

@@ -16,9 +16,10 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvlib.errors import CodecError, ConfigError, IncompatibleDataError
+from kvlib.errors import ConfigError, IncompatibleDataError
 from kvlib.keys import DIGEST_BYTES, BlockKey, StoreKey
-from kvlib.store.tier import verify_record
+from kvlib.store.file_record import End, physical_bytes
+from kvlib.store.fileio import scandir
 
 try:
     import fcntl
@@ -27,39 +28,59 @@ except ImportError:  # Windows
 
 __all__ = [
     "FORMAT",
-    "PAGE",
     "RECORD_NAME",
     "Entry",
     "OwnFolder",
     "open_folder",
-    "problem_of",
+    "record_files",
     "record_key",
 ]
 
-FORMAT = "kvlib filestore 1\n"
-PAGE = 4096
+FORMAT = "kvlib filestore 2\n"
 RECORD_NAME = re.compile(r"([0-9a-f]{128})\.kvlc")
 _ORPHAN_AGE_S = 3600.0
 
 
 @dataclass(slots=True)
 class Entry:
-    """A record in the index: its size, and when the file's time was last set to tell its use."""
+    """A record in the index.
+
+    `size` is its container's; `stamped` when its file's time was last set to tell its use; `end`
+    what the end of its file says; `used` whether it was used since.
+    """
 
     size: int
     stamped: float
+    end: End
     used: bool = False
 
     @property
     def physical(self) -> int:
         """Bytes on disk, in whole pages."""
-        return -(-self.size // PAGE) * PAGE
+        return physical_bytes(self.size)
 
 
 def record_key(name: str) -> StoreKey:
     """The key that 128 hexadecimal digits stand for."""
     data = bytes.fromhex(name)
     return StoreKey(BlockKey(data[:DIGEST_BYTES]), data[DIGEST_BYTES:])
+
+
+def record_files(root: Path) -> list[tuple[int, StoreKey, int]]:
+    """Time of last use (nanoseconds), key and bytes of all record files, oldest use first."""
+    found = []
+    for shelf in scandir(root):
+        if len(shelf.name) == 2 and shelf.is_dir(follow_symlinks=False):
+            for file in scandir(shelf.path):
+                match = RECORD_NAME.fullmatch(file.name)
+                try:
+                    if match and file.is_file(follow_symlinks=False):
+                        status = file.stat(follow_symlinks=False)
+                        found.append((status.st_mtime_ns, record_key(match[1]), status.st_size))
+                except OSError:
+                    continue
+    found.sort()
+    return found
 
 
 def open_folder(path: Path) -> None:
@@ -155,12 +176,3 @@ class OwnFolder:
         shutil.rmtree(self.path, ignore_errors=True)
         self._lock_file.unlink(missing_ok=True)
         os.close(self._fd)
-
-
-def problem_of(path: Path, key: StoreKey, mac_key: bytes | None) -> str | None:
-    """What is wrong with a record's file; None if nothing is."""
-    try:
-        verify_record(key, memoryview(path.read_bytes()), mac_key=mac_key)
-    except (CodecError, OSError) as exc:
-        return str(exc)
-    return None

@@ -9,15 +9,18 @@ record looks damaged.
 import os
 from collections.abc import Collection
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 from kvlib.codecs.container import Buffer
 from kvlib.errors import ConfigError, CorruptDataError, StoreError
 from kvlib.keys import StoreKey
+from kvlib.store.file_record import END_BYTES, physical_bytes, read, read_end
 from kvlib.store.fileio import READ
 from kvlib.store.files import FileStore
-from kvlib.store.segment_format import PAGE, Super, granules_of, padded
+from kvlib.store.segment_accounts import Account
+from kvlib.store.segment_format import PAGE, Super, granules_of
 from kvlib.store.segment_index import IndexFaultError
+from kvlib.store.segment_ledger import Limits
 from kvlib.store.segment_recovery import find_segments
 from kvlib.store.segments import SegmentStore
 from kvlib.store.tier import Tier
@@ -64,9 +67,19 @@ class Kept(Tier, Protocol):
         """Taken of the file system."""
         ...
 
+    def tenants(self) -> dict[bytes, tuple[int, int]]:
+        """Bytes that each tenant holds, and the quota it was last held to, 0 if none is known."""
+        ...
+
+    def limits(self) -> Limits:
+        """What the store was last kept to, zeros where the tier does not know."""
+        ...
+
 
 class _KeptFiles(FileStore):
     """See `Kept`."""
+
+    _EXPIRES: ClassVar[bool] = False
 
     def peek(
         self, key: StoreKey, out: Buffer, sections: Collection[int] | None = None
@@ -77,11 +90,10 @@ class _KeptFiles(FileStore):
         except FileNotFoundError:
             return None
         try:
-            size = os.fstat(fd).st_size
-            if sections is None:
-                got = self._read_whole(fd, key, view, size, None)
-            else:
-                got = self._read_parts(fd, key, view, size, sections, None)
+            total = os.fstat(fd).st_size
+            read_end(fd, key, total)
+            size = total - END_BYTES
+            got = read(fd, key, view, size, sections, self._mac_key, None)
         finally:
             os.close(fd)
         return None if got is None else size
@@ -93,7 +105,7 @@ class _KeptFiles(FileStore):
         """A file is gone with its record."""
 
     def physical(self, nbytes: int) -> int:
-        return padded(nbytes)
+        return physical_bytes(nbytes)
 
     def last_use(self, key: StoreKey) -> float | None:
         try:
@@ -104,9 +116,17 @@ class _KeptFiles(FileStore):
     def disk_bytes(self) -> int:
         return self.stats().used_bytes
 
+    def tenants(self) -> dict[bytes, tuple[int, int]]:
+        return {tenant: (used, 0) for tenant, used in self._roster.tenants.items()}
+
+    def limits(self) -> Limits:
+        return Limits()
+
 
 class _KeptSegments(SegmentStore):
     """See `Kept`."""
+
+    _EXPIRES: ClassVar[bool] = False
 
     def peek(
         self, key: StoreKey, out: Buffer, sections: Collection[int] | None = None
@@ -122,10 +142,10 @@ class _KeptSegments(SegmentStore):
                     try:
                         got = self._read(key, entry, view, sections, None)
                     except (CorruptDataError, OSError):
-                        if self._is_current(name, entry):
+                        if self._room.is_current(name, entry):
                             raise
                         continue  # dropped while it was read, and maybe stored again
-                    if self._is_current(name, entry):
+                    if self._room.is_current(name, entry):
                         return None if got is None else entry.size
         except IndexFaultError as exc:
             raise StoreError(str(exc)) from exc
@@ -152,6 +172,19 @@ class _KeptSegments(SegmentStore):
 
     def disk_bytes(self) -> int:
         return sum(find_segments(self._home.root).values())
+
+    def tenants(self) -> dict[bytes, tuple[int, int]]:
+        accounts = self._noted()[1]
+        return {x: (a.used * self._granule, a.quota * self._granule) for x, a in accounts.items()}
+
+    def limits(self) -> Limits:
+        return self._noted()[0]
+
+    def _noted(self) -> tuple[Limits, dict[bytes, Account]]:
+        try:
+            return self._room.limits()
+        except IndexFaultError as exc:
+            raise StoreError(str(exc)) from exc
 
 
 def tier_of(path: Path) -> Kind:

@@ -1,20 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A load under way: records are read, then decoded layer after layer, by the store's threads.
+"""A load under way: records are found, read, then decoded layer by layer, by the store's threads.
 
 The run of leading blocks that a load will give is known only in the end: a record that cannot be
 read, verified or decoded ends it there. Until then the run only ever becomes shorter.
+
+With a `DeviceTier` blocks land on its device: copied from what it holds, or decoded into the host's
+memory and copied from there, once into the result and once into the tier. What is handed out is
+never what the tier holds.
 """
 
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
 from time import monotonic, perf_counter
+from typing import TYPE_CHECKING
 
-from torch import Tensor  # noqa: TC002 (an annotation that dataclasses read)
+from torch import Tensor
 
 from kvlib.blocks import KVBlock
 from kvlib.codecs import Codec
@@ -25,10 +30,13 @@ from kvlib.keys import BLOCK_TOKENS, StoreKey
 from kvlib.spec import KVSpec
 from kvlib.store.cost import CostModel
 from kvlib.store.directory import Found
-from kvlib.store.records import allocate, is_dense
+from kvlib.store.records import Layers, allocate, copy_layers, is_dense
 from kvlib.store.reports import Loaded
 from kvlib.store.stack import TierStack
 from kvlib.store.work import Priority, Task, WorkPool
+
+if TYPE_CHECKING:
+    from kvlib.store.device import DeviceTier, Slot
 
 __all__ = ["Load", "Reader", "load_pieces"]
 
@@ -40,7 +48,6 @@ class _Record:
     """What has become of one record of a load."""
 
     found: Found
-    tasks: list[Task[None]] = field(default_factory=list)
     batches: int = 0
     """Leading batches of layers that are decoded."""
     decoded: set[int] = field(default_factory=set)
@@ -55,6 +62,7 @@ class Reader:
         corrupt: told of a record that verified but did not decode; it drops it.
         shared: told of a read that another load's gave.
         finished: told the records that arrived, how many blocks they hold and how many were asked.
+        device: where blocks go, None for the CPU.
     """
 
     tiers: TierStack
@@ -66,6 +74,7 @@ class Reader:
     corrupt: Callable[[StoreKey], None]
     shared: Callable[[], None]
     finished: Callable[[Sequence[Found], int, int], None]
+    device: "DeviceTier | None" = None
 
 
 class Load:
@@ -74,22 +83,24 @@ class Load:
     Args:
         reader: the store's.
         spec: what the numbers mean.
-        run: the records, in order.
+        look: finds the records, in order; one of the store's threads calls it, since it may read
+            the disk.
         asked: blocks that were asked for.
         layers: layers to decode at a time; None for all at once.
         priority: see `kvlib.store.work.Priority`.
         deadline: `time.monotonic()` after which to end with what has arrived.
 
     Attributes:
-        tensors: keys and values of each layer, [Hkv, T, D] on the CPU, with room for all blocks
-            that may arrive. What `wait_layer` counts is there; the rest is undefined.
+        tensors: after `wait_layer`: keys and values of each layer, [Hkv, T, D] on the CPU or the
+            store's device, with room for all blocks that may arrive. What `wait_layer` counts is
+            there; the rest is undefined.
     """
 
     def __init__(
         self,
         reader: Reader,
         spec: KVSpec,
-        run: Sequence[Found],
+        look: Callable[[], Sequence[Found]],
         asked: int,
         *,
         layers: int | None,
@@ -98,38 +109,58 @@ class Load:
     ) -> None:
         self._reader = reader
         self._spec = spec
+        self._look = look
         self._asked = asked
         self._priority = priority
         self._number = reader.pool.number()  # older loads are finished before newer ones begin
         self._deadline = deadline
         self._changed = threading.Condition()
         self._ending = threading.Lock()
-        self._records = [_Record(found) for found in run]
-        self._origin = run[0].first if run else 0
-        self._limit = len(run)
+        self._tasks: list[Task[bool]] = []
+        self._records: list[_Record] = []
+        self._found = False
+        """Whether `_records` is what it will be."""
+        self._limit = 0
         self._result: Loaded | None = None
         step = layers or spec.num_layers
         self._batches = [
             range(at, min(at + step, spec.num_layers)) for at in range(0, spec.num_layers, step)
         ]
-        self.tensors: list[tuple[Tensor, Tensor]] = allocate(
-            spec, sum(found.count for found in run) * BLOCK_TOKENS
-        )
-        for i in range(len(run)):
-            self._submit(i, partial(self._read, i), i / max(len(run), 1))
+        self._stream = None if reader.device is None else reader.device.caller_stream()
+        self.tensors: list[tuple[Tensor, Tensor]] = self._allocate(0)
+        self._submit(0, self._find, -1.0)
+
+    def _allocate(self, num_tokens: int) -> list[tuple[Tensor, Tensor]]:
+        device = self._reader.device
+        if device is None:
+            return allocate(self._spec, num_tokens)
+        return device.allocate(self._spec, num_tokens, self._stream)
 
     # -- what the threads do
 
-    def _submit(self, i: int, call: Callable[[], None], later: float) -> None:
-        """Queue a task of a record; if it is never begun, the run ends before that record."""
+    def _submit(
+        self, i: int, call: Callable[[], bool], later: float, slot: "Slot | None" = None
+    ) -> None:
+        """Queue a task of a record; if it is never begun, the run ends before that record.
+
+        Args:
+            i: the record.
+            call: the task; False if it came to nothing.
+            later: its place among the tasks of this load.
+            slot: told if it came to nothing.
+        """
         me = weakref.ref(self)  # else tasks, their callbacks and the tensors keep each other
 
-        def ended(task: Future[None]) -> None:
+        def ended(task: Future[bool]) -> None:
+            error = None if task.cancelled() else task.exception()
+            fine = not task.cancelled() and error is None and task.result()
+            if slot is not None and not fine:
+                slot.failed()
             load = me()
-            if load is not None and (task.cancelled() or task.exception() is not None):
+            if load is not None and (task.cancelled() or error is not None):
                 load._end_at(i)
-            if not task.cancelled() and task.exception() is not None:
-                _LOG.error("a load failed unexpectedly", exc_info=task.exception())
+            if error is not None:
+                _LOG.error("a load failed unexpectedly", exc_info=error)
 
         try:
             task = self._reader.pool.submit(
@@ -139,71 +170,119 @@ class Load:
                 order=(self._number, later),
             )
         except StoreClosedError:
+            if slot is not None:
+                slot.failed()
             self._end_at(i)
             return
-        self._records[i].tasks.append(task)
+        self._tasks.append(task)
         task.add_done_callback(ended)
 
-    def _end_at(self, i: int) -> None:
+    def _end_at(self, i: int) -> bool:
+        """End the run before record i; False, for tasks to return."""
         with self._changed:
             self._limit = min(self._limit, i)
+            self._found = True
             self._changed.notify_all()
+        return False
 
     def _late(self) -> bool:
         return self._deadline is not None and monotonic() > self._deadline
 
-    def _read(self, i: int) -> None:
+    def _find(self) -> bool:
+        """Find the records, and make room for what they hold."""
+        if self._found:  # given up
+            return False
+        run = self._look()
+        tensors = self._allocate(sum(found.count for found in run) * BLOCK_TOKENS)
+        with self._changed:
+            if self._found:
+                return False
+            self._records = [_Record(found) for found in run]
+            self._limit = len(run)
+            self.tensors = tensors
+            self._found = True
+            self._changed.notify_all()
+        for i in range(len(run)):
+            self._submit(i, partial(self._read, i), i / len(run))
+        return True
+
+    def _read(self, i: int) -> bool:
         record = self._records[i]
         found = record.found
         if i >= self._limit:
-            return
-        data, shared = self._reader.tiers.read(found.key, self._deadline)
+            return False
+        reader = self._reader
+        if reader.device is not None and reader.device.fetch(
+            found.key, found.held, self._views(i, range(self._spec.num_layers))
+        ):
+            self._decoded(i, None)
+            return True
+        data, shared = reader.tiers.read(found.key, self._deadline)
         if shared:
-            self._reader.shared()
+            reader.shared()
         if data is None or self._late():
-            self._end_at(i)
-            return
+            if data is None and not self._late():
+                reader.forget(found.key)  # what was remembered of it is no longer so
+            return self._end_at(i)
         first = found.first * BLOCK_TOKENS
         try:
-            container = Container(data, mac_key=self._reader.mac_key, verified=True)
+            container = Container(data, mac_key=reader.mac_key, verified=True)
             header = container.header
             if header.keys != found.held:  # evicted, and written again with other blocks
-                self._reader.forget(found.key)
-                self._end_at(i)
-                return
+                reader.forget(found.key)
+                return self._end_at(i)
             if (header.start, header.num_tokens) != (first, len(found.held) * BLOCK_TOKENS):
                 raise ShapeError(f"record of tokens {header.start}+{header.num_tokens}")
             if [s.layer_idx for s in header.layers] != list(range(self._spec.num_layers)):
                 raise ShapeError(f"record of {len(header.layers)} layers")
         except (CodecError, ShapeError):
-            self._spoilt(i)
-            return
+            return self._spoilt(i)
         record.stored_bytes = len(data)
-        batches = self._batches
         whole = found.count == len(found.held)
-        if len(batches) == 1 or not whole:
-            self._decode(i, container, None)
-            return
+        batches = self._batches if whole else [None]
+        slot = None
+        if reader.device is not None and whole:
+            ttl = reader.tiers.ttl(found.key)
+            slot = reader.device.reserve(
+                found.key, found.held, self._spec, parts=len(batches), ttl=ttl
+            )
+        if len(batches) == 1:
+            fine = False
+            try:
+                fine = self._decode(i, container, batches[0], slot)
+            finally:
+                if slot is not None and not fine:
+                    slot.failed()
+            return fine
         for at, batch in enumerate(batches):
-            later = 1 + at + i / max(len(self._records), 1)
-            self._submit(i, partial(self._decode, i, container, batch), later)
+            later = 1 + at + i / len(self._records)
+            self._submit(i, partial(self._decode, i, container, batch, slot), later, slot)
+        return True
 
-    def _spoilt(self, i: int) -> None:
+    def _spoilt(self, i: int) -> bool:
         self._reader.corrupt(self._records[i].found.key)
-        self._end_at(i)
+        return self._end_at(i)
 
-    def _decode(self, i: int, container: Container, batch: range | None) -> None:
-        """Decode some layers of a record into their place, or all."""
-        if i >= self._limit or self._late():
-            self._end_at(i)
-            return
+    def _views(self, i: int, layers: Iterable[int]) -> dict[int, tuple[Tensor, Tensor]]:
+        """Where layers of a record go."""
         found = self._records[i].found
-        first = found.first * BLOCK_TOKENS
-        last = first + found.count * BLOCK_TOKENS
-        place = slice(first - self._origin * BLOCK_TOKENS, last - self._origin * BLOCK_TOKENS)
-        wanted = range(self._spec.num_layers) if batch is None else batch
-        views = {j: tuple(x[:, place] for x in self.tensors[j]) for j in wanted}
-        whole = found.count == len(found.held)
+        first = (found.first - self._records[0].found.first) * BLOCK_TOKENS
+        place = slice(first, first + found.count * BLOCK_TOKENS)
+        return {j: (k[:, place], v[:, place]) for j in layers for k, v in [self.tensors[j]]}
+
+    def _decode(
+        self, i: int, container: Container, batch: range | None, slot: "Slot | None"
+    ) -> bool:
+        """Decode some layers of a record into their place, or all of one that is used in part."""
+        if i >= self._limit or self._late():
+            return self._end_at(i)
+        found = self._records[i].found
+        device = self._reader.device
+        layers = range(self._spec.num_layers) if batch is None else batch
+        views = self._views(i, layers)
+        room: Layers | None = None if batch is None else views
+        if device is not None and batch is not None:
+            room = device.staging(self._spec, layers, len(found.held) * BLOCK_TOKENS)
         begun = perf_counter()
         try:
             block = decode_block(
@@ -211,23 +290,30 @@ class Load:
                 self._spec,
                 codec_for=self._reader.codec_for,
                 layers=batch,
-                out=views if whole else None,  # type: ignore[arg-type]
+                out=room,
             )
             if any(not is_dense(layer) for layer in block.layers):
                 raise ShapeError("record of evicted tokens under a prefix key")
         except CapacityError:  # there is no memory now: the record is as good as before
-            self._end_at(i)
-            return
+            return self._end_at(i)
         except (CodecError, ShapeError):
-            self._spoilt(i)
-            return
+            return self._spoilt(i)
         self._reader.cost.decode(block.nbytes, perf_counter() - begun)
-        if not whole:
-            for layer in block.slice(first, last).layers:
-                for to, source in zip(
-                    views[layer.layer_idx], (layer.keys, layer.values), strict=True
-                ):
-                    to.copy_(source)
+        if room is not views:
+            first = found.first * BLOCK_TOKENS
+            ours = block.slice(first, first + found.count * BLOCK_TOKENS)
+            source = {layer.layer_idx: (layer.keys, layer.values) for layer in ours.layers}
+            if device is None:
+                copy_layers(source, views)
+            else:
+                device.upload(source, views, slot)
+                if slot is not None:
+                    slot.filled()
+        self._decoded(i, batch)
+        return True
+
+    def _decoded(self, i: int, batch: range | None) -> None:
+        """Some layers of a record are where they belong, or (None) all."""
         with self._changed:
             record = self._records[i]
             every = range(len(self._batches)) if batch is None else [self._batches.index(batch)]
@@ -240,9 +326,10 @@ class Load:
 
     @property
     def num_blocks(self) -> int:
-        """Leading blocks that may still arrive, or did."""
+        """Leading blocks that may still arrive, or did; all asked for, until they were found."""
+        self._reader.pool.check_process()
         with self._changed:
-            return self._blocks()
+            return self._blocks() if self._found else self._asked
 
     def _blocks(self) -> int:
         return sum(record.found.count for record in self._records[: self._limit])
@@ -254,10 +341,15 @@ class Load:
                 return i
         return self._limit
 
+    def _settled(self, batches: int) -> bool:
+        """Whether so many batches of layers are there of all records that will arrive."""
+        return self._found and self._arrived(batches) == self._limit
+
     def done(self) -> bool:
         """Whether `result` returns at once."""
+        self._reader.pool.check_process()
         with self._changed:
-            return self._arrived(len(self._batches)) == self._limit
+            return self._settled(len(self._batches))
 
     def wait_layer(self, layer_idx: int, timeout: float | None = None) -> int:
         """Wait for a layer of all blocks that will arrive.
@@ -273,14 +365,14 @@ class Load:
 
         Raises:
             ShapeError: there is no such layer.
+            StoreClosedError: in a forked child, which has none of the threads that would do it.
         """
+        self._reader.pool.check_process()
         if not 0 <= layer_idx < self._spec.num_layers:
             raise ShapeError(f"layer {layer_idx} of a model with {self._spec.num_layers} layers")
         batches = layer_idx // len(self._batches[0]) + 1
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._arrived(batches) == self._limit, self._patience(timeout)
-            )
+            self._changed.wait_for(lambda: self._settled(batches), self._patience(timeout))
             arrived = self._records[: self._arrived(batches)]
             return sum(record.found.count for record in arrived)
 
@@ -293,12 +385,13 @@ class Load:
 
     def cancel(self) -> None:
         """Give up what has not arrived; `result` has what did."""
+        self._reader.pool.check_process()
         with self._changed:
             self._limit = self._arrived(len(self._batches))
+            self._found = True
             self._changed.notify_all()
-        for record in self._records:
-            for task in record.tasks:
-                task.cancel()
+        for task in list(self._tasks):
+            task.cancel()
 
     def result(self, timeout: float | None = None) -> Loaded:
         """Wait for all of it.
@@ -308,12 +401,14 @@ class Load:
 
         Returns:
             See `KVStore.load`.
+
+        Raises:
+            StoreClosedError: see `wait_layer`.
         """
+        self._reader.pool.check_process()
         last = len(self._batches)
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._arrived(last) == self._limit, self._patience(timeout)
-            )
+            self._changed.wait_for(lambda: self._settled(last), self._patience(timeout))
         with self._ending:
             if self._result is None:
                 self.cancel()
@@ -323,8 +418,7 @@ class Load:
     def _end(self) -> Loaded:
         arrived = self._records[: self._limit]
         blocks = self._blocks()
-        for record in self._records:
-            record.tasks.clear()
+        self._tasks.clear()
         self._reader.finished([record.found for record in arrived], blocks, self._asked)
         if not blocks:
             return Loaded()
@@ -335,7 +429,7 @@ class Load:
         worst = max((record.found.identity for record in arrived), key=lambda x: x.rank)
         return Loaded(
             num_blocks=blocks,
-            block=KVBlock.dense(self._spec, out, start=self._origin * BLOCK_TOKENS),
+            block=KVBlock.dense(self._spec, out, start=arrived[0].found.first * BLOCK_TOKENS),
             fidelity=worst.fidelity,
             stored_bytes=sum(record.stored_bytes for record in arrived),
         )
@@ -350,7 +444,7 @@ def load_pieces(reader: Reader, spec: KVSpec, run: Sequence[Found], asked: int) 
         return Load(
             quiet,
             spec,
-            [found],
+            lambda: [found],
             found.count,
             layers=None,
             priority=Priority.DEMAND,

@@ -11,8 +11,10 @@ from typing import ClassVar, Self
 from kvlib.codecs.container import Buffer, parse_header
 from kvlib.errors import CodecError, StoreClosedError
 from kvlib.keys import StoreKey
-from kvlib.store.replacement import REPLACEMENTS, Replacement, ReplacementState
+from kvlib.store.replacement import Hint, Replacement
+from kvlib.store.replacement.roster import Roster
 from kvlib.store.sizes import parse_bytes
+from kvlib.store.terms import NO_TERMS, Terms, WallClock
 from kvlib.store.tier import CheckReport, Pins, TierStats, verify_record
 
 __all__ = ["MemoryTier"]
@@ -42,8 +44,8 @@ class MemoryTier:
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._records: dict[StoreKey, bytes] | None = {}
-        policy = REPLACEMENTS.build(replacement) if isinstance(replacement, str) else replacement
-        self._order: ReplacementState[StoreKey] = policy.start(self._capacity)
+        clock = WallClock().seconds
+        self._roster: Roster[StoreKey] = Roster(replacement, self._capacity, clock)
         self._pins = Pins()
         self._stats = TierStats(capacity_bytes=self._capacity)
 
@@ -71,14 +73,15 @@ class MemoryTier:
             if deadline is not None and monotonic() > deadline:
                 self._count(timeouts=1)
                 return None
+            self._expire(key)
             data = records.get(key)
             if data is None:
                 self._count(misses=1)
                 return None
             if sections is None or sections:
-                self._order.hit(key)
+                self._roster.hit(key)
             else:
-                self._order.touch(key)  # somebody looks what it is; reading it comes after
+                self._roster.touch(key)  # somebody looks what it is; reading it comes after
         out = memoryview(buf).cast("B")
         spans = [(0, len(data))]
         if sections is not None:
@@ -93,50 +96,103 @@ class MemoryTier:
             self._count(hits=1, read_bytes=sum(size for _, size in spans))
         return len(data)
 
-    def put(self, key: StoreKey, parts: Sequence[Buffer]) -> bool:
+    def put(self, key: StoreKey, parts: Sequence[Buffer], terms: Terms | None = None) -> bool:
         """See `Tier.put`."""
         size = sum(memoryview(part).nbytes for part in parts)
+        terms = terms or NO_TERMS
         with self._lock:
             records = self._open()
+            self._expire(key)
             if key in records:
-                self._order.touch(key)
+                self._roster.touch(key, terms.hint)
                 self._count(duplicates=1)
                 return True
-            if size > self._capacity or not self._order.admit(key, size):
+            if not self._make_room(key, size, terms):
                 self._count(rejected=1)
                 return False
-            need = self._stats.used_bytes + size - self._capacity
-            victims = list(self._order.victims(need, self._pins.keys))
-            if sum(len(records[victim]) for victim in victims) < need:  # the others are pinned
-                self._count(rejected=1)
-                return False
-            for victim in victims:
-                self._order.remove(victim, evicted=True)
-                self._count(evicted=1, records=-1, used_bytes=-len(records.pop(victim)))
             # Joined under the lock: room that is counted must not be taken twice.
             records[key] = b"".join(parts)
-            self._order.insert(key, size)
+            self._roster.insert(key, size, terms)
             self._count(puts=1, records=1, used_bytes=size, written_bytes=size)
             return True
+
+    def _make_room(self, key: StoreKey, size: int, terms: Terms) -> bool:
+        """Drop what must go for a record, or nothing if that is not enough (locked)."""
+        most = self._capacity if terms.quota is None else min(self._capacity, terms.quota)
+        if size > most or not self._roster.admit(key, size, terms):
+            return False
+        pinned = self._pins.keys
+        own: list[StoreKey] = []
+        if terms.quota is not None:
+            over = self._roster.used_bytes(terms.tenant) + size - terms.quota
+            own = list(self._roster.victims(over, pinned, terms.tenant))
+            if self._bytes_of(own) < over:  # the others are pinned
+                return False
+        need = self._stats.used_bytes - self._bytes_of(own) + size - self._capacity
+        others = list(self._roster.victims(need, {*pinned, *own} if own else pinned))
+        if self._bytes_of(others) < need:
+            return False
+        for victim in [*own, *others]:
+            self._evict(victim)
+        return True
+
+    def _bytes_of(self, keys: Sequence[StoreKey]) -> int:
+        records = self._open()
+        return sum(len(records[key]) for key in keys)
+
+    def _evict(self, key: StoreKey) -> None:
+        over = self._roster.is_over(key)
+        self._take_out(key, evicted=not over)
+        self._count(evicted=not over, expired=over)
+
+    def _take_out(self, key: StoreKey, *, evicted: bool = False) -> None:
+        data = self._open().pop(key)
+        self._roster.remove(key, evicted=evicted)
+        self._count(records=-1, used_bytes=-len(data))
+
+    def _expire(self, key: StoreKey) -> None:
+        """Drop a record if its time is over."""
+        if self._roster.is_over(key):
+            self._evict(key)
 
     def contains_many(self, keys: Sequence[StoreKey]) -> list[bool]:
         """See `Tier.contains_many`."""
         with self._lock:
             records = self._open()
+            for key in keys:
+                self._expire(key)
             return [key in records for key in keys]
 
     def size(self, key: StoreKey) -> int | None:
         """See `Tier.size`."""
         with self._lock:
-            data = self._open().get(key)
+            records = self._open()
+            self._expire(key)
+            data = records.get(key)
             return None if data is None else len(data)
 
-    def touch(self, keys: Sequence[StoreKey]) -> None:
+    def terms(self, key: StoreKey) -> Terms | None:
+        """See `Tier.terms`."""
+        with self._lock:
+            self._open()
+            return self._roster.terms(key)
+
+    def touch(self, keys: Sequence[StoreKey], hint: Hint | None = None) -> None:
         """See `Tier.touch`."""
         with self._lock:
             self._open()
             for key in keys:
-                self._order.touch(key)
+                self._roster.touch(key, hint)
+
+    def trim(self, most_bytes: int, tenant: bytes | None = None) -> int:
+        """See `Tier.trim`."""
+        with self._lock:
+            self._open()
+            used = self._stats.used_bytes if tenant is None else self._roster.used_bytes(tenant)
+            victims = list(self._roster.victims(used - most_bytes, self._pins.keys, tenant))
+            for victim in victims:
+                self._evict(victim)
+            return len(victims)
 
     def pin(self, keys: Sequence[StoreKey]) -> None:
         """See `Tier.pin`."""
@@ -152,18 +208,16 @@ class MemoryTier:
     def delete(self, key: StoreKey) -> bool:
         """See `Tier.delete`."""
         with self._lock:
-            data = self._open().pop(key, None)
-            if data is None:
+            if key not in self._open():
                 return False
-            self._order.remove(key)
-            self._count(records=-1, used_bytes=-len(data))
+            self._take_out(key)
             return True
 
     def keys(self) -> Iterator[StoreKey]:
         """See `Tier.keys`."""
         with self._lock:
             self._open()
-            return self._order.keys()
+            return self._roster.keys()
 
     def stats(self) -> TierStats:
         """See `Tier.stats`."""

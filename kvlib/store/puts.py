@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What runs in the background of a `KVStore`: puts and prefetches, to be waited for."""
 
-from collections.abc import Sequence
-from concurrent.futures import wait
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, wait
+from contextlib import suppress
+from functools import partial
+from time import monotonic
 
+from kvlib.errors import StoreClosedError
+from kvlib.keys import StoreKey
 from kvlib.store.reports import PutReport
-from kvlib.store.work import Task
+from kvlib.store.work import Task, WorkPool
 
 __all__ = ["Prefetch", "Put"]
 
@@ -31,6 +36,9 @@ class Put:
 
         Args:
             timeout: seconds to wait at most; then it is a `TimeoutError`.
+
+        Raises:
+            StoreClosedError: in a forked child.
         """
         if self._task is None:
             assert self._report is not None  # noqa: S101 (one of them is given)
@@ -42,24 +50,53 @@ class Prefetch:
     """A `KVStore.prefetch` under way.
 
     Args:
-        num_blocks: blocks that are stored.
-        tasks: one for each record that is to be read.
-
-    Attributes:
-        num_blocks: leading blocks that seemed to be stored when it began.
+        pool: whose threads do it.
+        find: finds the records to bring up, and how many blocks are stored; may read the disk.
+        bring: brings a record up; whether it is there then.
+        asked: blocks that were asked for.
+        priority: see `kvlib.store.work.Priority`.
+        deadline: `time.monotonic()` after which not to begin another read.
     """
 
-    def __init__(self, num_blocks: int, tasks: Sequence[Task[bool]]) -> None:
-        self.num_blocks = num_blocks
-        self._tasks = tasks
+    def __init__(
+        self,
+        pool: WorkPool,
+        find: Callable[[], tuple[Sequence[StoreKey], int]],
+        bring: Callable[[StoreKey], bool],
+        *,
+        asked: int,
+        priority: float,
+        deadline: float | None,
+    ) -> None:
+        self._find = find
+        self._bring = bring
+        self._blocks = asked
+        self._cancelled = False
+        self._reads: Sequence[Task[bool]] = ()
+        self._submit = partial(pool.submit, priority=priority, deadline=deadline)
+        self._walk: Task[None] = self._submit(self._begin)
+
+    def _begin(self) -> None:
+        keys, blocks = self._find()
+        self._blocks = blocks
+        if not self._cancelled:
+            with suppress(StoreClosedError):
+                self._reads = [self._submit(partial(self._bring, key)) for key in keys]
+
+    @property
+    def num_blocks(self) -> int:
+        """Leading blocks that seem to be stored; until they were looked for, all asked for."""
+        return self._blocks
 
     def done(self) -> bool:
         """Whether it is over."""
-        return all(task.done() for task in self._tasks)
+        return self._walk.done() and all(task.done() for task in self._reads)
 
     def cancel(self) -> None:
         """Give up what has not begun."""
-        for task in self._tasks:
+        self._cancelled = True
+        self._walk.cancel()
+        for task in self._reads:
             task.cancel()
 
     def result(self, timeout: float | None = None) -> int:
@@ -67,6 +104,12 @@ class Prefetch:
 
         Args:
             timeout: seconds to wait at most; then it counts what is done.
+
+        Raises:
+            StoreClosedError: in a forked child.
         """
-        wait(self._tasks, timeout)
-        return sum(1 for task in self._tasks if task.done() and task.outcome())
+        until = None if timeout is None else monotonic() + timeout
+        with suppress(CancelledError, TimeoutError):
+            self._walk.result(timeout)
+        wait(self._reads, None if until is None else max(until - monotonic(), 0.0))
+        return sum(1 for task in self._reads if task.done() and task.outcome())

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which blocks of a prompt make a record, and where a loaded run goes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -9,9 +9,12 @@ from torch import Tensor
 from kvlib.blocks import LayerKV
 from kvlib.spec import KVSpec
 
-__all__ = ["BLOCKS_PER_RECORD", "allocate", "groups_to_write", "is_dense"]
+__all__ = ["BLOCKS_PER_RECORD", "Layers", "allocate", "copy_layers", "groups_to_write", "is_dense"]
 
 BLOCKS_PER_RECORD = 4
+
+Layers = Mapping[int, tuple[Tensor, Tensor]]
+"""Keys and values of some layers, [Hkv, T, D] each."""
 
 
 def groups_to_write(missing: Sequence[int]) -> list[list[int]]:
@@ -44,3 +47,10 @@ def allocate(spec: KVSpec, num_tokens: int) -> list[tuple[Tensor, Tensor]]:
         )
         for layer in spec.layers
     ]
+
+
+def copy_layers(source: Layers, to: Layers, *, non_blocking: bool = False) -> None:
+    """Copy keys and values; see `torch.Tensor.copy_`."""
+    for layer, tensors in to.items():
+        for into, have in zip(tensors, source[layer], strict=True):
+            into.copy_(have, non_blocking=non_blocking)

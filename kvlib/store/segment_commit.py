@@ -8,6 +8,7 @@ written within a few milliseconds or mebibytes, by however many threads.
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple
 
 from kvlib.store.segment_format import Entry
@@ -63,8 +64,10 @@ class GroupCommit:
 
     def _start(self) -> None:
         if self._thread is None and not self._closed:
-            self._thread = threading.Thread(target=self._run, name="kvlib-commit", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name="kvlib-commit", daemon=True)
+            with suppress(RuntimeError):  # the interpreter is ending; `close` publishes
+                thread.start()
+                self._thread = thread
 
     def flush(self) -> None:
         """Publish everything that was added before this call."""

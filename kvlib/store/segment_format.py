@@ -13,6 +13,7 @@ import xxhash
 
 from kvlib.errors import ConfigError, CorruptDataError, IncompatibleDataError
 from kvlib.keys import DIGEST_BYTES, BlockKey, StoreKey
+from kvlib.store.terms import NO_TENANT, is_over
 
 __all__ = [
     "HEADER_MAGIC",
@@ -22,28 +23,29 @@ __all__ = [
     "Entry",
     "Extent",
     "Super",
+    "default_granule",
     "granules_of",
     "key_of",
     "pack_entry",
     "pack_header",
     "padded",
     "parse_header_page",
-    "peek_size",
-    "peek_stamp",
+    "peek_entry",
+    "peek_expires",
     "unpack_entry",
 ]
 
 PAGE = 4096
 """Unit of all I/O: O_DIRECT takes nothing finer on any device in use."""
 
-VERSION = 1
+VERSION = 2
 HEADER_MAGIC = b"\x89KVSEG\r\n"
 MAX_EXTENTS = 4
 """Runs of granules that one record may be split over."""
 
-_HEADER = Struct("<8sHHI16s64sQQ")
+_HEADER = Struct("<8sHHI16s64sQQQ8s")
 _EXTENT = Struct("<III")
-_ROW = Struct("<QQQ")
+_ROW = Struct("<QQQQ8s")
 _U64 = Struct("<Q")
 _NAME = "kvlib segment store"
 
@@ -61,13 +63,20 @@ class Entry(NamedTuple):
 
     `size` is the container's bytes. `generation` is never given twice in a store: a row that still
     has the generation it had before a read proves that nobody wrote over what was read. `stamp`
-    orders records by use.
+    orders records by use. `expires` is when its time is over, in milliseconds since 1970, 0 for
+    never; `tenant` the 8 bytes of whose account it is on.
     """
 
     size: int
     generation: int
     stamp: int
     extents: tuple[Extent, ...]
+    expires: int = 0
+    tenant: bytes = NO_TENANT
+
+    def is_over(self, now: int) -> bool:
+        """Whether its time is over."""
+        return is_over(self.expires, now)
 
     @property
     def granules(self) -> int:
@@ -83,6 +92,12 @@ def padded(size: int) -> int:
 def granules_of(size: int, granule: int) -> int:
     """Granules that a container of `size` bytes takes with its header page."""
     return -(-(PAGE + size) // granule)
+
+
+def default_granule(capacity: int) -> int:
+    """About a million granules: scanning their first pages takes as long for any capacity."""
+    wanted = 1 << max(0, (capacity >> 20).bit_length() - 1)
+    return min(max(PAGE, wanted), 1 << 16)
 
 
 def key_of(name: bytes) -> StoreKey:
@@ -156,6 +171,8 @@ def pack_header(store: Super, name: bytes, entry: Entry) -> bytes:
         name,
         entry.generation,
         entry.size,
+        entry.expires,
+        entry.tenant,
     ) + b"".join(_EXTENT.pack(*extent) for extent in entry.extents)
     page = page.ljust(PAGE - _U64.size, b"\0")
     return page + _U64.pack(xxhash.xxh3_64_intdigest(page))
@@ -174,7 +191,8 @@ def parse_header_page(page: memoryview, store: Super) -> tuple[bytes, Entry]:
     body = PAGE - _U64.size
     if _U64.pack(xxhash.xxh3_64_intdigest(head[:body])) != head[body:]:
         raise CorruptDataError("a record's header page does not match its checksum")
-    _, version, count, granule, uuid, name, generation, size = _HEADER.unpack_from(head)
+    fields = _HEADER.unpack_from(head)
+    _, version, count, granule, uuid, name, generation, size, expires, tenant = fields
     if version != VERSION:
         raise IncompatibleDataError(f"a record's header page of version {version}, not {VERSION}")
     if (uuid, granule) != store:
@@ -183,7 +201,7 @@ def parse_header_page(page: memoryview, store: Super) -> tuple[bytes, Entry]:
     if not 1 <= count <= MAX_EXTENTS:
         raise CorruptDataError(f"a record of {count} extents; expected 1 to {MAX_EXTENTS}")
     extents = tuple(Extent(*e) for e in _EXTENT.iter_unpack(head[_HEADER.size : end]))
-    entry = Entry(size, generation, 0, extents)
+    entry = Entry(size, generation, 0, extents, expires, tenant)
     if entry.granules != granules_of(size, granule) or not all(e.length for e in extents):
         raise CorruptDataError(f"{size} bytes in {entry.granules} granules of {granule}")
     return name, entry
@@ -191,19 +209,22 @@ def parse_header_page(page: memoryview, store: Super) -> tuple[bytes, Entry]:
 
 def pack_entry(name: bytes, entry: Entry) -> bytes:
     """The index's row of a record, under a checksum that covers the key, too."""
-    row = _ROW.pack(entry.size, entry.generation, entry.stamp)
+    row = _ROW.pack(entry.size, entry.generation, entry.stamp, entry.expires, entry.tenant)
     row += b"".join(_EXTENT.pack(*extent) for extent in entry.extents)
     return row + _U64.pack(xxhash.xxh3_64_intdigest(name + row))
 
 
-def peek_size(data: bytes) -> int:
-    """The size in a row of the index, unchecked; 0 if it is cut off."""
-    return int(_U64.unpack_from(data)[0]) if len(data) >= _ROW.size else 0
+def peek_expires(data: bytes) -> int:
+    """When a row of the index says that its record is over, unchecked; 0 if it is cut off."""
+    return int(_U64.unpack_from(data, 24)[0]) if len(data) >= _ROW.size else 0
 
 
-def peek_stamp(data: bytes) -> int:
-    """The stamp in a row of the index, unchecked; 0 if it is cut off."""
-    return int(_U64.unpack_from(data, 16)[0]) if len(data) >= _ROW.size else 0
+def peek_entry(data: bytes) -> Entry:
+    """A row of the index, unchecked and without its extents; zeros if it is cut off."""
+    if len(data) < _ROW.size:
+        return Entry(0, 0, 0, ())
+    size, generation, stamp, expires, tenant = _ROW.unpack_from(data)
+    return Entry(size, generation, stamp, (), expires, tenant)
 
 
 def unpack_entry(name: bytes, data: bytes) -> Entry:
@@ -218,7 +239,6 @@ def unpack_entry(name: bytes, data: bytes) -> Entry:
         or _U64.pack(xxhash.xxh3_64_intdigest(name + row)) != data[-_U64.size :]
     ):
         raise CorruptDataError(f"the index's row of {name.hex()[:16]} does not match its checksum")
-    size, generation, stamp = _ROW.unpack_from(row)
-    return Entry(
-        size, generation, stamp, tuple(Extent(*e) for e in _EXTENT.iter_unpack(row[_ROW.size :]))
-    )
+    size, generation, stamp, expires, tenant = _ROW.unpack_from(row)
+    extents = tuple(Extent(*e) for e in _EXTENT.iter_unpack(row[_ROW.size :]))
+    return Entry(size, generation, stamp, extents, expires, tenant)

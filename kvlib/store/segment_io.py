@@ -9,6 +9,7 @@ several pieces keeps the device busy: while one is copied or verified, others ar
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import NamedTuple
 
 from kvlib.store.arena import Arena, address
@@ -161,8 +162,10 @@ class RecordIO:
                 try:
                     source.fill(slot[: piece.nbytes])
                     if piece.start + piece.nbytes < stop:
-                        waiting.append(self._writers.submit(self._write_piece, piece, slot))
-                        continue
+                        # None: the interpreter is ending, and its pools take no more work.
+                        with suppress(RuntimeError):
+                            waiting.append(self._writers.submit(self._write_piece, piece, slot))
+                            continue
                 except BaseException:
                     self._arena.give_back(slot)
                     raise

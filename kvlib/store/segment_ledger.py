@@ -14,23 +14,25 @@ from typing import TYPE_CHECKING, NamedTuple
 from kvlib.errors import CorruptDataError
 from kvlib.keys import DIGEST_BYTES
 from kvlib.store.granules import FreeRuns
+from kvlib.store.segment_accounts import Accounts
 from kvlib.store.segment_format import (
     Entry,
     Extent,
     pack_entry,
-    peek_size,
-    peek_stamp,
+    peek_entry,
     unpack_entry,
 )
+from kvlib.store.terms import NO_TENANT
 
 if TYPE_CHECKING:
     import lmdb
 
-__all__ = ["HOLDER_BYTES", "Ledger", "State"]
+__all__ = ["HOLDER_BYTES", "Ledger", "Limits", "Space", "State"]
 
 HOLDER_BYTES = 16
-_DATABASES = (b"records", b"starts", b"sizes", b"segments", b"held", b"state")
-_STATE = Struct("<QQI")
+_DATABASES = (b"records", b"starts", b"sizes", b"segments", b"held", b"state", b"tenants")
+_STATE = Struct("<QQIQ")
+_LIMITS = Struct("<QQQQ")
 _SEGMENT = Struct(">I")
 _GENERATION = Struct(">Q")
 
@@ -39,25 +41,37 @@ class State(NamedTuple):
     """Counters of the store.
 
     `tick` is the next generation or stamp; `used` the granules that are not free; `segments` the
-    number the next segment file gets.
+    number the next segment file gets; `clock` the latest time that anybody wrote, in milliseconds
+    since 1970.
     """
 
     tick: int = 1
     used: int = 0
     segments: int = 0
+    clock: int = 0
+
+
+class Limits(NamedTuple):
+    """What the last `KVStore` that opened the folder keeps to, in bytes; 0 where there is none."""
+
+    capacity: int = 0
+    high: int = 0
+    low: int = 0
+    min_free: int = 0
 
 
 class Ledger:
     """The databases of an open environment.
 
     Args:
-        env: opened with room for six databases.
+        env: opened with room for seven databases.
     """
 
     def __init__(self, env: "lmdb.Environment") -> None:
         self._env = env
         opened = [env.open_db(name) for name in _DATABASES]
-        self.records, starts, sizes, self._segments, self._held, self._state = opened
+        self.records, starts, sizes, self._segments, self._held, self._state, tenants = opened
+        self.accounts = Accounts(tenants)
         self.free = FreeRuns(starts, sizes)
 
     @property
@@ -101,14 +115,32 @@ class Ledger:
                 except CorruptDataError:
                     yield name, None
 
-    def stamps(self, txn: "lmdb.Transaction[bytes]") -> list[tuple[int, bytes, int]]:
-        """Stamp, key and size of all records, unchecked: a damaged row is found by its reader."""
+    def rows(self, txn: "lmdb.Transaction[bytes]") -> list[tuple[bytes, Entry]]:
+        """Key and row, without extents, of all records, the one used longest ago first.
+
+        The rows are unchecked: a damaged one is found by its reader.
+        """
         with txn.cursor(db=self.records) as cursor:
-            return [
-                (peek_stamp(data), name, peek_size(data))
-                for name, data in cursor
-                if len(name) == 2 * DIGEST_BYTES
+            rows = [
+                (name, peek_entry(data)) for name, data in cursor if len(name) == 2 * DIGEST_BYTES
             ]
+        rows.sort(key=lambda row: row[1].stamp)
+        return rows
+
+    def limits(self, txn: "lmdb.Transaction[bytes]") -> Limits:
+        """What `set_limits` noted last."""
+        data = txn.get(b"limits", db=self._state)
+        return Limits(*_LIMITS.unpack(data)) if data else Limits()
+
+    def set_limits(self, txn: "lmdb.Transaction[bytes]", limits: Limits) -> None:
+        """Note what the store is kept to, for whoever looks at it."""
+        txn.put(b"limits", _LIMITS.pack(*limits), db=self._state)
+
+    def note_time(self, txn: "lmdb.Transaction[bytes]", now: int) -> None:
+        """Remember that it is this late."""
+        state = self.state(txn)
+        if now > state.clock:
+            self._set(txn, state._replace(clock=now))
 
     def segments(self, txn: "lmdb.Transaction[bytes]") -> dict[int, int]:
         """Granules of each segment."""
@@ -144,15 +176,34 @@ class Ledger:
         return txn.delete(_SEGMENT.pack(number), db=self._segments)
 
     def reserve(
-        self, txn: "lmdb.Transaction[bytes]", holder: bytes, size: int, granules: int
+        self,
+        txn: "lmdb.Transaction[bytes]",
+        holder: bytes,
+        size: int,
+        granules: int,
+        *,
+        expires: int = 0,
+        tenant: bytes = NO_TENANT,
+        quota: int = 0,
     ) -> Entry | None:
-        """Take room for a record that is about to be written; None if four runs do not hold it."""
+        """Take room for a record that is about to be written; None if four runs do not hold it.
+
+        Args:
+            txn: a write transaction.
+            holder: who writes it.
+            size: bytes of the container.
+            granules: that it takes.
+            expires: when its time is over, in milliseconds since 1970; 0 for never.
+            tenant: on whose account it is.
+            quota: granules that the caller holds this tenant to; 0 for none. Only noted here.
+        """
         extents = self.free.allocate(txn, granules)
         if extents is None:
             return None
         state = self.state(txn)
-        entry = Entry(size, state.tick, 0, extents)
+        entry = Entry(size, state.tick, 0, extents, expires, tenant)
         self._set(txn, state._replace(tick=state.tick + 1, used=state.used + granules))
+        self.accounts.charge(txn, tenant, granules, quota)
         self._hold(txn, holder, entry)
         return entry
 
@@ -169,6 +220,7 @@ class Ledger:
         self.free.release(txn, entry.extents)
         state = self.state(txn)
         self._set(txn, state._replace(used=state.used - entry.granules))
+        self.accounts.charge(txn, entry.tenant, -entry.granules)
 
     def publish(
         self, txn: "lmdb.Transaction[bytes]", holder: bytes, name: bytes, entry: Entry
@@ -292,6 +344,7 @@ class Ledger:
             problems.append(f"{state.used} granules counted, not those that are held")
         if state.tick <= top:
             problems.append(f"the next generation is {state.tick}, {top} was given already")
+        problems += self.accounts.audit(txn, entries)
         if state.segments <= max(self.segments(txn), default=-1):
             problems.append(f"the next segment is {state.segments}, which there is already")
         if self._is_tiled(txn, rows) and len(entries) == len(rows):
@@ -329,7 +382,8 @@ class Ledger:
         used = sum(entry.granules for entry in entries)
         state = self.state(txn)
         segments = max(state.segments, max(self.segments(txn), default=-1) + 1)
-        self._set(txn, State(max(state.tick, top + 1), used, segments))
+        self._set(txn, State(max(state.tick, top + 1), used, segments, state.clock))
+        self.accounts.make(txn, entries)
         return problems
 
     def fill(
@@ -350,11 +404,14 @@ class Ledger:
         space = Space(segments)
         top = 0
         found = list(records)
+        kept: list[Entry] = []
         for _, entry in found:
             top = max(top, entry.generation)
         for tick, (name, entry) in enumerate(found, top + 1):
             if space.take(entry.extents):
                 txn.put(name, pack_entry(name, entry._replace(stamp=tick)), db=self.records)
+                kept.append(entry)
+        self.accounts.make(txn, kept)
         for run in space.gaps():
             self.free.release(txn, [run])
         self._set(txn, State(top + 1 + len(found), space.used, max(segments, default=-1) + 1))

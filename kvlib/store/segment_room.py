@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who gets room in a segment store, and what this process knows of its records.
+"""Who gets room in a segment store.
 
 Room is taken in the same transaction that drops the records it belonged to, before a byte is
-written, so the capacity holds at every moment for all processes together. What another process
-stores or drops is found when it is looked up; for replacement, the index is compared with what is
-known here before records are dropped, at most every few seconds.
+written, so the capacity and each tenant's quota hold at every moment for all processes together.
 
 A record that is dropped while this process reads it keeps its granules until the last reader is
 done. Readers of other processes are not waited for: they compare the record's generation after
@@ -12,47 +10,47 @@ reading, and a record that went away meanwhile is a miss. Granules are written o
 transaction that dropped their record, so a generation that is still there proves the bytes.
 """
 
-import errno
-import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from itertools import islice
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 from kvlib.errors import CorruptDataError
+from kvlib.store.replacement import Hint, Replacement
+from kvlib.store.segment_accounts import Account
 from kvlib.store.segment_commit import Written
-from kvlib.store.segment_format import Entry, granules_of
+from kvlib.store.segment_format import Entry
+from kvlib.store.segment_growth import Growth
 from kvlib.store.segment_home import Home
 from kvlib.store.segment_index import IndexFaultError
-from kvlib.store.segment_lru import Replacement
+from kvlib.store.segment_known import Known
+from kvlib.store.segment_ledger import Limits
+from kvlib.store.terms import NO_TERMS, Terms
 
 if TYPE_CHECKING:
     import lmdb
 
-__all__ = ["NO_ROOM", "Room"]
+__all__ = ["Room"]
 
-NO_ROOM = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _RESCAN_S = 5.0
-_RETRY_S = 1.0
-_FIRST_BYTES = 64 << 20  # of the first segment
-_MAX_STAMPS = 4096
+_TRIM_RECORDS = 64  # dropped in one transaction: puts are not kept waiting
 
 
 class _InVainError(Exception):
     """Even what was dropped did not make room enough: the transaction is undone, nothing lost."""
 
 
-class Room:
+class Room(Known):
     """The accounts of one open store.
 
     Args:
         home: the open folder.
         capacity: granules that records and writers may hold.
-        segment_granules: of a new segment, at most.
+        growth: what makes segments.
         max_records: that the index has room for.
         policy: which record goes first.
+        expires: drop records whose time is over; a store that is only looked at does not.
         nudge: asks for `publish` soon, in another thread.
     """
 
@@ -61,31 +59,19 @@ class Room:
         home: Home,
         *,
         capacity: int,
-        segment_granules: int,
+        growth: Growth,
         max_records: int,
-        policy: Replacement,
+        policy: str | Replacement,
+        expires: bool,
         nudge: Callable[[], None],
     ) -> None:
         self.capacity = capacity
-        self._home = home
-        self._index = home.index
-        self._ledger = home.index.ledger
-        self._segment_granules = segment_granules
+        super().__init__(home, capacity, policy, expires=expires, nudge=nudge)
+        self._growth = growth
         self._max_records = max_records
-        self._policy = policy
-        self._nudge = nudge
-        self._lock = threading.Lock()
-        self._known: set[bytes] = set()  # to the policy
-        self._pending: dict[bytes, Entry] = {}
-        self._used: dict[bytes, None] = {}  # since the last commit, in order
         self._leases: Counter[bytes] = Counter()
         self._left: dict[bytes, list[Entry]] = {}  # dropped while leased
         self._owed: list[Entry] = []  # to be freed with the next transaction
-        self._seen = 0
-        self._scanned = 0.0
-        self._pins: Counter[bytes] = Counter()
-        self._full_until = 0.0  # the disk: no new segment is tried
-        self.evicted = 0
         self.rescan()
 
     # -- transactions
@@ -106,120 +92,6 @@ class Room:
             if isinstance(exc, CorruptDataError):
                 raise IndexFaultError(f"the index is damaged: {exc}") from exc
             raise
-
-    def _committed(self, number: int) -> None:
-        with self._lock:
-            if number == self._seen + 1:  # nobody else wrote since
-                self._seen = number
-
-    def rescan(self, *, at_most_every: float = 0.0) -> None:
-        """Learn what other processes stored and dropped.
-
-        Raises:
-            IndexFaultError: the index cannot be read.
-        """
-        now = time.monotonic()
-        with self._lock:
-            if self._index.last_txn == self._seen or now - self._scanned < at_most_every:
-                return
-            self._scanned = now
-        with self._index.read() as txn:
-            number = txn.id()
-            rows = self._ledger.stamps(txn)
-        rows.sort()
-        unit = self._home.super.granule
-        with self._lock:
-            for name in self._known - {row[1] for row in rows} - self._pending.keys():
-                self._forget(name)
-            for _, name, size in rows:
-                if name not in self._known:
-                    self._known.add(name)
-                    self._policy.on_insert(name, granules_of(size, unit) * unit)
-            self._seen = max(self._seen, number)
-
-    # -- what is known
-
-    def lookup(self, name: bytes) -> Entry | None:
-        """Where a record lies; also one that is written and not yet published.
-
-        Raises:
-            CorruptDataError: its row is damaged.
-            IndexFaultError: the index cannot be read.
-        """
-        entry = self._pending.get(name)
-        if entry is None:
-            with self._index.read() as txn:
-                entry = self._ledger.get(txn, name)
-        return entry
-
-    def contains(self, names: list[bytes]) -> list[bool]:
-        """Whether there is a row of each."""
-        pending = set(self._pending) if self._pending else ()  # first: it moves into the index
-        with self._index.read() as txn:
-            get = txn.get
-            if pending:
-                return [name in pending or get(name) is not None for name in names]
-            return [get(name) is not None for name in names]
-
-    def held(self) -> tuple[int, int]:
-        """Records and granules held."""
-        with self._lock:
-            pending = list(self._pending)
-        with self._index.read() as txn:
-            new = sum(txn.get(name) is None for name in pending)
-            return self._ledger.count(txn) + new, self._ledger.state(txn).used
-
-    def names(self) -> list[bytes]:
-        """All records, the one to be dropped first at the front."""
-        self.rescan()
-        with self._lock:
-            return list(self._policy.victims())
-
-    def is_pending(self, names: Iterable[bytes]) -> bool:
-        """Whether one of these is not yet published."""
-        return any(name in self._pending for name in names)
-
-    def touch(self, names: Iterable[bytes]) -> None:
-        """Mark records as used."""
-        with self._lock:
-            for name in names:
-                if name in self._known:
-                    self._policy.on_hit(name)
-                    self._used.pop(name, None)
-                    self._used[name] = None
-            due = len(self._used) > _MAX_STAMPS
-        if due:
-            self._nudge()
-
-    def pin(self, names: Iterable[bytes]) -> None:
-        """Do not drop these records to make room."""
-        with self._lock:
-            self._pins.update(names)
-
-    def unpin(self, names: Iterable[bytes]) -> None:
-        """Undo one `pin` of each."""
-        with self._lock:
-            self._pins.subtract(names)
-            self._pins = +self._pins
-
-    def found(self, name: bytes, entry: Entry) -> None:
-        """A record was read that another process may have written."""
-        with self._lock:
-            if name not in self._known:
-                self._policy.on_insert(name, entry.granules * self._home.super.granule)
-                self._known.add(name)
-
-    def _forget(self, name: bytes) -> None:
-        """The lock is held."""
-        self._known.discard(name)
-        self._used.pop(name, None)
-        self._policy.on_remove(name)
-
-    def missed(self, name: bytes) -> None:
-        """A record is not there (any more)."""
-        with self._lock:
-            if name in self._known and name not in self._pending:
-                self._forget(name)
 
     # -- leases
 
@@ -285,12 +157,22 @@ class Room:
 
     # -- taking room
 
-    def reserve(self, size: int, granules: int, *, insist: bool = False) -> Entry | None:
+    def reserve(
+        self,
+        size: int,
+        granules: int,
+        *,
+        name: bytes = b"",
+        terms: Terms = NO_TERMS,
+        insist: bool = False,
+    ) -> Entry | None:
         """Take room for a record, dropping others if need be.
 
         Args:
             size: bytes of the container.
             granules: that it takes.
+            name: of the record: one of that name whose time is over goes first.
+            terms: for how long it is kept, and on whose account.
             insist: where the record to be dropped is not published yet, drop the next one instead.
 
         Returns:
@@ -301,97 +183,75 @@ class Room:
             IndexFaultError: the index cannot be written.
         """
         dropped: list[bytes] = []
+        quota = None if terms.quota is None else terms.quota // self._unit
         try:
             with self._write() as txn:
-                entry = self._make_room(txn, size, granules, dropped, insist)
+                if name and self._drop_over(txn, name):
+                    dropped.append(name)
+                take = partial(
+                    self._ledger.reserve,
+                    txn,
+                    self._home.me,
+                    size,
+                    granules,
+                    expires=self.clock.until(terms.ttl),
+                    tenant=terms.tenant,
+                    quota=quota or 0,
+                )
+                entry = self._make_room(txn, take, granules, terms.tenant, quota, dropped, insist)
                 if entry is None and dropped:
                     raise _InVainError
+                self._ledger.note_time(txn, self.clock.now())
         except _InVainError:
             return None
-        with self._lock:
-            self.evicted += len(dropped)
-            for name in dropped:
-                if name not in self._pending:
-                    self._forget(name)
+        self._gone(dropped)
         return entry
+
+    def _gone(self, names: Iterable[bytes]) -> None:
+        """These were dropped to make room, in a transaction that is committed."""
+        with self._lock:
+            for name in names:
+                if name not in self._over:  # else it was counted when it was noticed
+                    over = self._roster.is_over(name)
+                    self.expired += over
+                    self.evicted += not over
+                if name not in self._pending:
+                    self._forget(name, evicted=True)
 
     def _make_room(
         self,
         txn: "lmdb.Transaction[bytes]",
-        size: int,
+        take: Callable[[], Entry | None],
         granules: int,
+        tenant: bytes,
+        quota: int | None,
         dropped: list[bytes],
         insist: bool,
     ) -> Entry | None:
-        victims: Iterator[bytes] | None = None
+        """Drop records until so many granules can be taken; None if they cannot."""
+        own = self._victims(granules, self._leases, insist, tenant)
+        others = self._victims(granules, self._leases, insist)
         can_grow = True
         while True:
-            used = self._ledger.state(txn).used
-            fits = used + granules <= self.capacity
-            if fits and self._ledger.count(txn) + len(self._pending) < self._max_records:
-                entry = self._ledger.reserve(txn, self._home.me, size, granules)
+            victims = others
+            if quota is not None and self._ledger.accounts.get(txn, tenant).used + granules > quota:
+                victims = own  # nobody pays for another one's quota
+            elif (
+                self._ledger.state(txn).used + granules <= self.capacity
+                and self._ledger.count(txn) + len(self._pending) < self._max_records
+            ):
+                entry = take()
                 if entry is not None:
                     return entry
                 if can_grow:
-                    can_grow = self._grow(txn, granules)
+                    can_grow = self._growth.grow(txn, granules, self.capacity)
                     if can_grow:
                         continue
-            if victims is None:
-                victims = self._victims(insist)
             name = next(victims, None)
             if name is None:
                 return None
             if self._take_out(txn, name, None):
                 dropped.append(name)
-
-    def _victims(self, insist: bool) -> Iterator[bytes]:
-        """Records to drop, the first one first, but none that is read, or not yet published."""
-        tried: set[bytes] = set()
-        depth = 16
-        while True:
-            with self._lock:
-                known = len(self._known)
-                names = [
-                    name
-                    for name in islice(self._policy.victims(), depth)
-                    if name not in tried and name not in self._leases and name not in self._pins
-                ]
-                tried.update(names)
-                pending = self._pending.keys() & names
-            for name in names:
-                if name not in pending:
-                    yield name
-                elif not insist:
-                    return
-            if depth >= known:
-                return
-            depth *= 4
-
-    def _grow(self, txn: "lmdb.Transaction[bytes]", granules: int) -> bool:
-        """Make one more segment; whether there was room for it."""
-        segments = self._ledger.segments(txn)
-        held = sum(segments.values())
-        # A store takes twice the room that it has each time: a small one stays small.
-        least = max(held, _FIRST_BYTES // self._home.super.granule, granules)
-        left = min(least, self._segment_granules, self.capacity - held)
-        if segments and time.monotonic() < self._full_until:
-            return False
-        while left > 0:
-            try:
-                self._home.files.create(
-                    self._ledger.state(txn).segments, left * self._home.super.granule
-                )
-            except OSError as exc:
-                if exc.errno not in NO_ROOM:
-                    return False
-                if left <= granules:
-                    self._full_until = time.monotonic() + _RETRY_S
-                    return False
-                left = max(left // 2, granules)  # the disk is smaller than the capacity
-            else:
-                self._ledger.add_segment(txn, left)
-                return True
-        return False
 
     def sweep(self) -> int:
         """Free what processes held that are dead by now.
@@ -411,28 +271,82 @@ class Room:
         Raises:
             IndexFaultError: the index cannot be written.
         """
+        self.rescan()
         dropped: list[bytes] = []
-        gone = []
         with self._write() as txn:
-            victims = iter([name for name in self.names() if name not in self._pins])
-            while evict and self._ledger.state(txn).used > self.capacity:
-                name = next(victims, None)
-                if name is None:
-                    break
-                if self._take_out(txn, name, None):
-                    dropped.append(name)
-            segments = self._ledger.segments(txn)
-            for number, granules in sorted(segments.items(), reverse=True):
-                if sum(segments.values()) - granules >= self.capacity and self._ledger.drop_segment(
-                    txn, number, granules
-                ):
-                    gone.append(number)
-                    del segments[number]
-        for name in dropped:
-            self.missed(name)
+            if evict:
+                self._drop_until(txn, self.capacity, dropped)
+            gone = self._growth.take_out(txn, self.capacity)
+        self._gone(dropped)
         for number in gone:
             self._home.files.remove(number)
-        self.evicted += len(dropped)
+
+    def trim(self, granules: int, tenant: bytes | None = None) -> int:
+        """Drop records until all, or a tenant's, hold no more granules; how many went.
+
+        Raises:
+            IndexFaultError: the index cannot be written.
+        """
+        self.rescan()
+        total = 0
+        while True:
+            dropped: list[bytes] = []
+            with self._write() as txn:
+                self._drop_until(txn, granules, dropped, tenant, _TRIM_RECORDS)
+            self._gone(dropped)
+            total += len(dropped)
+            if len(dropped) < _TRIM_RECORDS:
+                return total
+
+    def _drop_until(
+        self,
+        txn: "lmdb.Transaction[bytes]",
+        granules: int,
+        dropped: list[bytes],
+        tenant: bytes | None = None,
+        most: int | None = None,
+    ) -> None:
+        def beyond() -> int:
+            if tenant is None:
+                return self._ledger.state(txn).used - granules
+            return self._ledger.accounts.get(txn, tenant).used - granules
+
+        victims = self._victims(beyond(), self._leases, insist=True, tenant=tenant)
+        while beyond() > 0 and len(dropped) != most:
+            name = next(victims, None)
+            if name is None:
+                return
+            if self._take_out(txn, name, None):
+                dropped.append(name)
+
+    def note_limits(self, limits: Limits) -> None:
+        """Note what the store is kept to.
+
+        Raises:
+            IndexFaultError: the index cannot be written.
+        """
+        with self._write() as txn:
+            self._ledger.set_limits(txn, limits)
+
+    def note_time(self) -> None:
+        """Remember how late it is, if any record has a time to live; a failure is a pity."""
+        with self._lock:
+            if not self._roster.expires:
+                return
+        with suppress(IndexFaultError, OSError), self._write() as txn:
+            self._ledger.note_time(txn, self.clock.now())
+
+    def limits(self) -> tuple[Limits, dict[bytes, Account]]:
+        """What the store is kept to, and what each tenant holds, in granules.
+
+        Raises:
+            IndexFaultError: the index cannot be read.
+        """
+        with self._index.read() as txn:
+            try:
+                return self._ledger.limits(txn), self._ledger.accounts.all(txn)
+            except CorruptDataError as exc:
+                raise IndexFaultError(f"the index is damaged: {exc}") from exc
 
     def audit(self, *, repair: bool) -> list[str]:
         """What is wrong with the accounts; see `Ledger.audit` and `Ledger.repair`.
@@ -448,14 +362,13 @@ class Room:
 
     # -- from reserved to published
 
-    def written(self, name: bytes, entry: Entry) -> None:
+    def written(self, name: bytes, entry: Entry, hint: Hint | None = None) -> None:
         """A reserved record has its bytes: readers of this process find it from now on."""
         with self._lock:
             self._pending[name] = entry
-            self._known.add(name)
-            self._policy.on_insert(name, entry.granules * self._home.super.granule)
-            self._used.pop(name, None)
-            self._used[name] = None
+            self._over.discard(name)
+            self._insert(name, entry, hint)
+            self._mark(name)
 
     def abandon(self, entry: Entry) -> None:
         """A reserved record was not written; its room is freed."""
@@ -471,7 +384,8 @@ class Room:
         """
         with self._lock:
             order, self._used = self._used, {}
-            if not order and not group and not self._owed:
+            over = list(self._over)
+            if not order and not group and not self._owed and not over:
                 return True
         by_name = {written.name: written for written in group}
         for name in by_name.keys() - order.keys():
@@ -490,6 +404,8 @@ class Room:
                     run = []
                     self._ledger.publish(txn, self._home.me, name, by_name[name].entry)
                 self._ledger.stamp(txn, run)
+                dropped = [name for name in over if self._drop_over(txn, name)]
+                self._ledger.note_time(txn, self.clock.now())
             self._index.check_readers(every=_RESCAN_S)
             worked = True
         except (IndexFaultError, CorruptDataError, OSError):
@@ -500,4 +416,19 @@ class Room:
                 if not worked:
                     self._forget(name)
                     self._owed.append(entry)
+        if worked:
+            self._gone(dropped)
+            with self._lock:
+                self._over.difference_update(over)
         return worked
+
+    def _drop_over(self, txn: "lmdb.Transaction[bytes]", name: bytes) -> bool:
+        """Drop a record whose time is over; whether there was one."""
+        try:
+            entry = self._ledger.get(txn, name)
+        except CorruptDataError:
+            self._ledger.repair(txn)
+            return True
+        if entry is None or not entry.is_over(self.clock.now()):
+            return False
+        return self._take_out(txn, name, entry.generation)

@@ -28,10 +28,10 @@ from typing import ClassVar, Self
 
 from kvlib.codecs.container import Buffer
 from kvlib.errors import (
-    CodecError,
     ConfigError,
     CorruptDataError,
     IncompatibleDataError,
+    KVLibError,
     StoreClosedError,
 )
 from kvlib.keys import StoreKey
@@ -39,16 +39,27 @@ from kvlib.store.arena import Arena
 from kvlib.store.blockio import supports
 from kvlib.store.fileio import TooLateError
 from kvlib.store.flight import SingleFlight
+from kvlib.store.replacement import Hint, Replacement
 from kvlib.store.segment_commit import GroupCommit, Written
-from kvlib.store.segment_format import PAGE, Entry, granules_of, key_of, pack_header
+from kvlib.store.segment_format import (
+    PAGE,
+    Entry,
+    default_granule,
+    granules_of,
+    key_of,
+    pack_header,
+)
+from kvlib.store.segment_growth import NO_ROOM, Growth
 from kvlib.store.segment_home import Home
 from kvlib.store.segment_index import IndexFaultError
 from kvlib.store.segment_io import RecordIO
-from kvlib.store.segment_lru import LRU, Replacement
+from kvlib.store.segment_ledger import Limits
 from kvlib.store.segment_read import VERIFY, RecordReader, Verify
-from kvlib.store.segment_room import NO_ROOM, Room
+from kvlib.store.segment_room import Room
+from kvlib.store.segment_verify import check_records
 from kvlib.store.sizes import parse_bytes
-from kvlib.store.tier import CheckReport, TierStats, verify_record
+from kvlib.store.terms import NO_TERMS, Terms
+from kvlib.store.tier import CheckReport, TierStats
 
 __all__ = ["SegmentStore"]
 
@@ -80,7 +91,9 @@ class SegmentStore:
         threads: transfers of one large record at a time.
         direct: use O_DIRECT where the file system takes it.
         index_bytes: most bytes the index may take; None for enough.
-        policy: which record goes first when room is needed; None for the one used longest ago.
+        replacement: which records go first: method string of one of `REPLACEMENTS`, or the policy.
+            Each process has its own; it begins with the order of use that all of them keep.
+        min_free: bytes of the file system that are left to others: no segment is made of them.
         shrink: drop what is beyond the capacity now, not only when something is put.
 
     Raises:
@@ -92,6 +105,7 @@ class SegmentStore:
 
     name: ClassVar[str] = "segment"
     persistent: ClassVar[bool] = True
+    _EXPIRES: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -106,7 +120,8 @@ class SegmentStore:
         threads: int = 2,
         direct: bool = True,
         index_bytes: int | str | None = None,
-        policy: Replacement | None = None,
+        replacement: str | Replacement = "lru",
+        min_free: int | str = 0,
         shrink: bool = True,
     ) -> None:
         if not supports():
@@ -115,11 +130,12 @@ class SegmentStore:
             raise ConfigError(f"verify={verify!r}: expected one of {', '.join(VERIFY)}")
         self._capacity = parse_bytes(capacity, "capacity")
         if granule is None:
-            granule = _default_granule(self._capacity)
+            granule = default_granule(self._capacity)
         if granule < PAGE or granule & (granule - 1) or granule > _SLOT_BYTES:
             raise ConfigError(
                 f"granule={granule}: expected a power of two from {PAGE} to {_SLOT_BYTES}"
             )
+        floor = parse_bytes(min_free, "min_free")
         slots = max(4, parse_bytes(staging, "staging") // _SLOT_BYTES)
         map_size = (
             _LEAST_MAP + self._capacity // max(granule, 2 * PAGE) * _ROW_BYTES
@@ -144,12 +160,14 @@ class SegmentStore:
         self._commit = GroupCommit(self._publish)
         segment_bytes = max(parse_bytes(segment, "segment"), self._capacity // _MAX_SEGMENTS)
         try:
+            growth = Growth(self._home, max(1, segment_bytes // self._granule), floor)
             self._room = Room(
                 self._home,
                 capacity=self._capacity // self._granule,
-                segment_granules=max(1, segment_bytes // self._granule),
+                growth=growth,
                 max_records=(map_size - _FIXED_BYTES) // _ROW_BYTES,
-                policy=LRU() if policy is None else policy,
+                policy=replacement,
+                expires=self._EXPIRES,
                 nudge=self._commit.nudge,
             )
             if shrink:
@@ -157,6 +175,9 @@ class SegmentStore:
         except IndexFaultError as exc:
             self._home.close()
             raise ConfigError(f"cannot open a store in {path}: {exc}") from exc
+        except KVLibError:
+            self._home.close()
+            raise
         self._io = RecordIO(self._home.files, Arena(slots, _SLOT_BYTES), self._granule, threads)
         self._reader = RecordReader(self._io, self._super, mac_key)
 
@@ -229,12 +250,12 @@ class SegmentStore:
             except CorruptDataError:
                 self._drop(name, None)
                 return None
-            if entry is None:
+            if entry is None or self._room.is_over(name, entry):
                 break
             try:
                 got = self._read(key, entry, out, sections, deadline)
             except CorruptDataError:
-                if self._is_current(name, entry):
+                if self._room.is_current(name, entry):
                     self._drop(name, entry.generation)
                     return None
                 continue
@@ -246,22 +267,14 @@ class SegmentStore:
             if got is None:
                 self._count(misses=1)
                 return None
-            if self._is_current(name, entry):
-                self._room.found(name, entry)
-                self._room.touch([name])
+            if self._room.is_current(name, entry):
+                self._room.read(name, entry, whole=sections is None or len(sections) > 0)
                 self._count(hits=1, read_bytes=got)
                 return entry.size
-        self._room.missed(name)
+        if entry is None:
+            self._room.missed(name)
         self._count(misses=1)
         return None
-
-    def _is_current(self, name: bytes, entry: Entry) -> bool:
-        """Whether the index still names this generation: nobody wrote over it until now."""
-        try:
-            now = self._room.lookup(name)
-        except CorruptDataError:
-            return False
-        return now is not None and now.generation == entry.generation
 
     def _read(
         self,
@@ -298,23 +311,26 @@ class SegmentStore:
 
     # -- writing
 
-    def put(self, key: StoreKey, parts: Sequence[Buffer]) -> bool:
+    def put(self, key: StoreKey, parts: Sequence[Buffer], terms: Terms | None = None) -> bool:
         """See `Tier.put`. Returns before the record is durable; it can be read at once."""
         name = key.to_bytes()
+        wanted = terms or NO_TERMS
         with self._use():
-            held, shared = self._flight.run(name, lambda: self._put(name, parts))
+            held, shared = self._flight.run(name, lambda: self._put(name, parts, wanted))
             if shared and held:
                 self._count(duplicates=1)
             return held
 
-    def _put(self, name: bytes, parts: Sequence[Buffer]) -> bool:
+    def _put(self, name: bytes, parts: Sequence[Buffer], terms: Terms) -> bool:
         try:
             if self._room.contains([name])[0]:
                 self._count(duplicates=1)
-                self._room.touch([name])
+                self._room.touch([name], terms.hint)
                 return True
+            if self._room.is_pending([name]):  # it expired before it was published
+                self._commit.flush()
             views = [memoryview(part).cast("B") for part in parts if memoryview(part).nbytes]
-            entry = self._reserve(sum(view.nbytes for view in views))
+            entry = self._reserve(name, sum(view.nbytes for view in views), terms)
         except IndexFaultError as exc:
             self._count(rejected=1, errors=0 if exc.full else 1)
             return False
@@ -331,23 +347,26 @@ class SegmentStore:
         except BaseException:
             self._room.abandon(entry)
             raise
-        self._room.written(name, entry)
+        self._room.written(name, entry, terms.hint)
         self._commit.add(Written(name, entry))
         self._count(puts=1, written_bytes=entry.size)
         return True
 
-    def _reserve(self, size: int) -> Entry | None:
+    def _reserve(self, name: bytes, size: int, terms: Terms) -> Entry | None:
         """Take room for a container of `size` bytes; None if there is none."""
         granules = granules_of(size, self._granule)
-        if granules > self._room.capacity:
+        quota = self._capacity if terms.quota is None else terms.quota
+        if granules > min(self._room.capacity, quota // self._granule):
             return None
         self._room.rescan(at_most_every=_RESCAN_S)
-        entry = self._room.reserve(size, granules)
+        if not self._room.admits(name, granules, terms):
+            return None
+        entry = self._room.reserve(size, granules, name=name, terms=terms)
         if entry is None:  # what is in the way may be unpublished, a dead writer's, or not known
             self._commit.flush()
             self._room.sweep()
             self._room.rescan()
-            entry = self._room.reserve(size, granules, insist=True)
+            entry = self._room.reserve(size, granules, name=name, terms=terms, insist=True)
         return entry
 
     def _publish(self, group: list[Written]) -> None:
@@ -374,12 +393,42 @@ class SegmentStore:
             except (IndexFaultError, CorruptDataError):
                 self._count(errors=1)
                 return None
-            return None if entry is None else entry.size
+            if entry is None or self._room.is_over(key.to_bytes(), entry):
+                return None
+            return entry.size
 
-    def touch(self, keys: Sequence[StoreKey]) -> None:
+    def terms(self, key: StoreKey) -> Terms | None:
+        """See `Tier.terms`."""
+        with self._use():
+            try:
+                entry = self._room.lookup(key.to_bytes())
+            except (IndexFaultError, CorruptDataError):
+                return None
+            if entry is None:
+                return None
+            return Terms(ttl=self._room.clock.left(entry.expires), tenant=entry.tenant)
+
+    def touch(self, keys: Sequence[StoreKey], hint: Hint | None = None) -> None:
         """See `Tier.touch`."""
         with self._use():
-            self._room.touch([key.to_bytes() for key in keys])
+            self._room.touch([key.to_bytes() for key in keys], hint)
+
+    def trim(self, most_bytes: int, tenant: bytes | None = None) -> int:
+        """See `Tier.trim`."""
+        with self._use():
+            try:
+                return self._room.trim(max(most_bytes, 0) // self._granule, tenant)
+            except IndexFaultError:
+                self._count(errors=1)
+                return 0
+
+    def note_limits(self, *, high: int = 0, low: int = 0, min_free: int = 0) -> None:
+        """Note in the index what whoever opened the store keeps it to, in bytes; 0 for nothing."""
+        with self._use():
+            try:
+                self._room.note_limits(Limits(self._capacity, high, low, min_free))
+            except IndexFaultError:
+                self._count(errors=1)
 
     def pin(self, keys: Sequence[StoreKey]) -> None:
         """See `Tier.pin`."""
@@ -418,52 +467,15 @@ class SegmentStore:
             used_bytes=used * self._granule,
             capacity_bytes=self._capacity,
             evicted=self._room.evicted,
+            expired=self._room.expired,
         )
         return TierStats(**counts)
 
     def check(self, *, repair: bool = False) -> CheckReport:
         """See `Tier.check`."""
         with self._use():
-            return self._check(repair)
-
-    def _check(self, repair: bool) -> CheckReport:
-        self._commit.flush()
-        problems = []
-        repaired = 0
-        try:
-            names = self._room.names()
-        except IndexFaultError as exc:
-            return CheckReport(records=0, problems=(str(exc),))
-        for name in names:
-            problem = self._problem(name)
-            if problem:
-                problems.append(f"{name.hex()[:16]}: {problem}")
-                if repair:
-                    repaired += self._remove(name, None)
-        try:
-            wrong = self._room.audit(repair=repair)
-        except (IndexFaultError, CorruptDataError) as exc:
-            return CheckReport(records=len(names), problems=(*problems, str(exc)))
-        repaired += len(wrong) if repair else 0
-        return CheckReport(records=len(names), problems=(*problems, *wrong), repaired=repaired)
-
-    def _problem(self, name: bytes) -> str | None:
-        key = key_of(name)
-        for _ in range(3):
-            try:
-                entry = self._room.lookup(name)
-                if entry is None:
-                    return None  # dropped meanwhile
-                data = memoryview(bytearray(entry.size))
-                with self._room.lease(name):
-                    self._reader.whole(key, entry, data, believe=True)
-                verify_record(key, data, mac_key=self._mac_key)
-            except (CodecError, OSError, TooLateError, IndexFaultError) as exc:
-                if entry is None or self._is_current(name, entry):
-                    return str(exc) or type(exc).__name__
-            else:
-                return None
-        return None
+            self._commit.flush()
+            return check_records(self._room, self._reader, self._mac_key, repair=repair)
 
     def close(self) -> None:
         """See `Tier.close`."""
@@ -477,6 +489,7 @@ class SegmentStore:
                 return  # the device hangs: nothing can be closed under those that wait for it
         self._commit.close()
         self._room.publish([])
+        self._room.note_time()
         self._io.close()
         self._home.close()
 
@@ -485,9 +498,3 @@ class SegmentStore:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-def _default_granule(capacity: int) -> int:
-    """About a million granules: scanning their first pages takes as long for any capacity."""
-    wanted = 1 << max(0, (capacity >> 20).bit_length() - 1)
-    return min(max(PAGE, wanted), 1 << 16)

@@ -2,22 +2,23 @@
 """Several tiers as one: read from the fastest that has a record, write to those that shall."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from time import monotonic, perf_counter
+from typing import TypeVar
 
 import numpy as np
 
 from kvlib.codecs.container import Buffer
-from kvlib.errors import ConfigError
 from kvlib.keys import StoreKey
-from kvlib.store import blockio
 from kvlib.store.cost import CostModel
-from kvlib.store.files import FileStore
 from kvlib.store.flight import SingleFlight
-from kvlib.store.segments import SegmentStore
+from kvlib.store.replacement import Hint
+from kvlib.store.rules import Rules
+from kvlib.store.terms import Terms
 from kvlib.store.tier import Tier
 
-__all__ = ["TierStack", "open_disk"]
+__all__ = ["TierStack"]
+
+T = TypeVar("T")
 
 
 class TierStack:
@@ -26,10 +27,12 @@ class TierStack:
     Args:
         tiers: at least one.
         cost: learns how fast they read.
+        rules: on what terms records are put.
     """
 
-    def __init__(self, tiers: Sequence[Tier], cost: CostModel) -> None:
+    def __init__(self, tiers: Sequence[Tier], cost: CostModel, rules: Rules | None = None) -> None:
         self.tiers = list(tiers)
+        self._rules = rules or Rules()
         self._cost = cost
         self._flight = SingleFlight()
 
@@ -56,8 +59,10 @@ class TierStack:
                 continue
             self._cost.read(tier.name, got, perf_counter() - begun)
             view = data[:got].toreadonly()
-            for above in self.tiers[:depth]:
-                above.put(key, [view])
+            if depth:
+                terms = self._rules.again(tier.terms(key))
+                for above in self.tiers[:depth] if terms.ttl is None or terms.ttl > 0 else ():
+                    above.put(key, [view], terms)
             return view
         return None
 
@@ -67,24 +72,51 @@ class TierStack:
             tier.contains_many([key])[0] for tier in self.tiers if tier.persistent == persistent
         )
 
-    def put(self, key: StoreKey, parts: Sequence[Buffer], *, persistent: bool | None) -> bool:
-        """Write to the tiers of that kind, or to all; whether any holds it now."""
+    def put(
+        self,
+        key: StoreKey,
+        parts: Sequence[Buffer],
+        *,
+        persistent: bool | None,
+        terms: Terms | None = None,
+    ) -> bool:
+        """Write to the tiers of that kind, or to all; whether any holds it now.
+
+        Without terms, it is kept on those on which another tier has it, else on the store's.
+        """
+        if terms is None:
+            terms = self._rules.again(self._known_terms(key))
         held = [
-            tier.put(key, parts)
+            tier.put(key, parts, terms)
             for tier in reversed(self.tiers)
             if persistent is None or tier.persistent == persistent
         ]
         return any(held)
 
-    def once(self, key: StoreKey, call: Callable[[], int | None]) -> int | None:
-        """One of several concurrent puts of a record."""
-        written, _ = self._flight.run(("put", key), call)
-        return written
+    def once(self, key: StoreKey, call: Callable[[], T]) -> tuple[T, bool]:
+        """One of several concurrent puts of a record, and whether it was another caller's."""
+        return self._flight.run(("put", key), call)
 
-    def touch(self, keys: Sequence[StoreKey]) -> None:
+    def takes(self, *, persistent: bool) -> bool:
+        """Whether there is a tier of that kind."""
+        return any(tier.persistent == persistent for tier in self.tiers)
+
+    def ttl(self, key: StoreKey) -> float | None:
+        """Seconds for which a record may still be served; None for ever."""
+        terms = self._known_terms(key)
+        return None if terms is None else terms.ttl
+
+    def _known_terms(self, key: StoreKey) -> Terms | None:
+        for tier in self.tiers:
+            terms = tier.terms(key)
+            if terms is not None and (terms.ttl is None or terms.ttl > 0):
+                return terms
+        return None
+
+    def touch(self, keys: Sequence[StoreKey], hint: Hint | None = None) -> None:
         """Mark as used from last to first: the start of a prompt is evicted last."""
         for tier in self.tiers:
-            tier.touch(keys[::-1])
+            tier.touch(keys[::-1], hint)
 
     def pin(self, keys: Sequence[StoreKey]) -> None:
         """See `Tier.pin`."""
@@ -105,18 +137,3 @@ class TierStack:
         """Close all tiers."""
         for tier in self.tiers:
             tier.close()
-
-
-def open_disk(path: Path, tier: str | None, capacity: int, mac_key: bytes | None) -> Tier:
-    """The disk tier of a folder: the one that made it, unless another one is asked for.
-
-    Raises:
-        ConfigError: there is no such tier, or see the tiers.
-    """
-    if tier is None:
-        tier = "file" if (path / "FORMAT").exists() or not blockio.supports() else "segment"
-    if tier == "file":
-        return FileStore(path, capacity=capacity, mac_key=mac_key)
-    if tier == "segment":
-        return SegmentStore(path, capacity=capacity, mac_key=mac_key)
-    raise ConfigError(f"tier={tier!r}: expected 'segment' or 'file'")

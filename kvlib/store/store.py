@@ -15,38 +15,46 @@ ago is always the end of a prompt, and eviction never takes a parent before its 
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from math import lcm
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from kvlib.blocks import KVBlock
-from kvlib.codecs import Codec, build_codec, codec_from_canonical
+from kvlib.codecs import Codec
 from kvlib.codecs.base import describe_codec
 from kvlib.errors import (
     ConfigError,
     StoreClosedError,
 )
-from kvlib.keys import BLOCK_TOKENS, BlockKey, Extra, StoreKey, TokenIds, block_keys
+from kvlib.keys import BLOCK_TOKENS, BlockKey, StoreKey
 from kvlib.spec import EXACT, KVSpec, LayerKind
 from kvlib.store.cost import CostModel
-from kvlib.store.directory import Directory, Found, Identity
-from kvlib.store.leases import Lease, Leases
+from kvlib.store.device import DeviceTier
+from kvlib.store.directory import Directory, Found
+from kvlib.store.endings import Ending
+from kvlib.store.leases import Leases
 from kvlib.store.loads import Load, Reader, load_pieces
-from kvlib.store.memory import MemoryTier
-from kvlib.store.puts import Prefetch, Put
+from kvlib.store.lookups import Lookups
+from kvlib.store.opening import choose_codecs, open_tiers
+from kvlib.store.puts import Put
 from kvlib.store.records import BLOCKS_PER_RECORD
+from kvlib.store.replacement import Hint
 from kvlib.store.replacement.admission import SecondTouch
 from kvlib.store.reports import Loaded, PutReport, StoreStats
+from kvlib.store.rules import Relief, Rules, check_watermarks, replacement_for
 from kvlib.store.sizes import parse_bytes
 from kvlib.store.snapshots import SnapshotRecords
-from kvlib.store.stack import TierStack, open_disk
-from kvlib.store.tier import CheckReport, Tier
+from kvlib.store.stack import TierStack
+from kvlib.store.terms import Terms
 from kvlib.store.work import Priority, WorkPool
-from kvlib.store.writes import Staging, Writer, forms_of, identities_of
+from kvlib.store.writes import Staging, Writer, forms_of
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["BLOCKS_PER_RECORD", "KVStore", "Loaded", "PutReport", "StoreStats"]
 
@@ -55,7 +63,7 @@ _LAYER_BATCHES = 8
 _ADMISSIONS = ("always", "second-touch")
 
 
-class KVStore(SnapshotRecords):
+class KVStore(Lookups, SnapshotRecords):
     """A persistent, bounded, checksummed store of KV blocks.
 
     Args:
@@ -75,9 +83,23 @@ class KVStore(SnapshotRecords):
         admission: which blocks go to disk: ``always``, or those wanted for the second time
             (``second-touch``).
         staging: most bytes of blocks that wait in `put_async`.
+        device: ``cpu`` or a CUDA device: loads give their blocks there, and it keeps decoded ones.
+        device_bytes: most bytes of decoded blocks kept there.
+        replacement: which records go first: a method string such as ``s3fifo`` for all tiers, or
+            one for each (``{"memory": "arc", "disk": "lru"}``, the default, and ``device``).
+        ttl: how long records may be served, in seconds or such as ``7d``; None for ever.
+        quota: most bytes that the records of this salt may hold in each tier. Beyond it their own
+            oldest ones go, never another salt's.
+        watermarks: (high, low), such as ``(0.95, 0.85)``: a tier that is fuller than the high share
+            of its capacity is brought down to the low one in the background.
+        min_free: bytes of the disk's file system that are left to others.
 
     Thread-safe; concurrent loads of a record read it once, concurrent puts write it once. Open it
-    again after a fork. Use it as a context manager, or call `close`.
+    again after a fork. Use it as a context manager, or call `close`; else it ends with its last
+    user or the interpreter (`kvlib.store.endings`).
+
+    These never wait for a disk: `load_async`, `prefetch`, `put_async`, `match_async`, and `match`
+    and `pin` with ``from_memory=True``. All others may.
 
     Attributes:
         path: folder of the disk tier, None without one.
@@ -102,53 +124,60 @@ class KVStore(SnapshotRecords):
         memory_codec: str | Codec | None = None,
         admission: str = "always",
         staging: int | str = "256MiB",
+        device: "str | torch.device | None" = None,
+        device_bytes: int | str = "2GiB",
+        replacement: str | Mapping[str, str] | None = None,
+        ttl: float | str | None = None,
+        quota: int | str | None = None,
+        watermarks: tuple[float, float] | None = None,
+        min_free: int | str = 0,
     ) -> None:
         if remote is not None:
             raise ConfigError(f"remote={remote!r}: this version has no remote tiers; leave it out")
         if admission not in _ADMISSIONS:
             raise ConfigError(f"admission={admission!r}: expected {' or '.join(_ADMISSIONS)}")
-        self.codec = build_codec(codec) if isinstance(codec, str) else codec
+        rules = Rules(salt=salt, mac_key=mac_key, ttl=ttl, quota=quota)
+        self._staging = Staging(parse_bytes(staging, "staging"))
+        self.codec, self.memory_codec = choose_codecs(
+            codec,
+            memory_codec,
+            tiers=(parse_bytes(memory, "memory") > 0) + (path is not None),
+            always=admission == _ADMISSIONS[0],
+        )
         self.codec_text = describe_codec(self.codec)
-        quick = build_codec(memory_codec) if isinstance(memory_codec, str) else memory_codec
-        self.memory_codec = self.codec if quick is None else quick
         self._codecs = {describe_codec(c): c for c in (self.memory_codec, self.codec)}
-        self.salt = salt
         self.path = None if path is None else Path(path).expanduser()
+        policy = replacement_for("device", replacement)
+        self._device = (
+            None if device is None else DeviceTier(device, device_bytes, replacement=policy)
+        )
+        tiers = open_tiers(
+            self.path,
+            memory=memory,
+            disk=disk,
+            tier=tier,
+            mac_key=mac_key,
+            replacement=replacement,
+            watermarks=watermarks,
+            min_free=min_free,
+        )
+        self.salt = salt
+        rules.enforce(tiers)
         self._mac_key = mac_key
         self._pid = os.getpid()
-        self._staging = Staging(parse_bytes(staging, "staging"))
-        memory_bytes = parse_bytes(memory, "memory")
-        if not memory_bytes and path is None:
-            raise ConfigError("a store needs memory, a path, or both; got memory=0 and no path")
-        if len(self._codecs) > 1 and not (memory_bytes and path is not None):
-            raise ConfigError(
-                "memory_codec needs a memory tier and a path; with one tier, codec says it all"
-            )
-        if len(self._codecs) > 1 and not self.memory_codec.lossless:
-            raise ConfigError(
-                f"memory_codec={describe_codec(self.memory_codec)!r} loses something: only a "
-                "lossless one saves what another form on disk has lost"
-            )
-        if len(self._codecs) > 1 and admission != _ADMISSIONS[0]:
-            raise ConfigError(
-                "admission='second-touch' needs one codec for both tiers: leave memory_codec out"
-            )
-        tiers: list[Tier] = []
-        if memory_bytes:
-            tiers.append(MemoryTier(memory_bytes, mac_key=mac_key))
-        self._memory = tiers[0] if tiers else None
-        if self.path is not None:
-            tiers.append(open_disk(self.path, tier, parse_bytes(disk, "disk"), mac_key))
+        self._memory = next((x for x in tiers if not x.persistent), None)
         self.cost = CostModel()
-        self._stack = TierStack(tiers, self.cost)
-        touch: SecondTouch[StoreKey] | None = SecondTouch() if admission == _ADMISSIONS[1] else None
-        self._second_touch = touch
+        self._rules = rules
+        self._stack = TierStack(tiers, self.cost, rules)
+        self._second_touch = SecondTouch[StoreKey]() if admission == _ADMISSIONS[1] else None
         self._leases = Leases(self._stack)
         self._pool = WorkPool(threads or min(4, os.cpu_count() or 1), "kvlib-store")
+        self._relief = Relief(tiers, self._pool, check_watermarks(watermarks))
+        self._ending = Ending(self, self._pool, self._stack.close)
         self._lock = threading.Lock()
         self._closed = False
         self._stats = StoreStats(tiers={})
-        self._directory = Directory(tiers, mac_key)
+        self._directory = Directory(tiers, mac_key, self._device)
         self._writer = Writer(self._stack, self._directory, self._second_touch, mac_key)
         self._reader = Reader(
             tiers=self._stack,
@@ -160,63 +189,9 @@ class KVStore(SnapshotRecords):
             corrupt=self._spoilt,
             shared=lambda: self._count(shared_reads=1),
             finished=self._finished,
+            device=self._device,
         )
-
-    # -- keys and identities
-
-    def block_keys(
-        self, spec: KVSpec, tokens: "TokenIds", *, extras: Sequence[Extra] = ()
-    ) -> list[BlockKey]:
-        """Keys of the full blocks of `tokens` under this store's salt; see `block_keys`."""
-        return block_keys(spec.fingerprint(), tokens, salt=self.salt, extras=extras)
-
-    def _identities(self, spec: KVSpec, accept: Sequence[str] | None) -> list[Identity]:
-        """The forms a request accepts, best first."""
-        if accept is None:
-            accept = (EXACT, *(t for t, codec in self._codecs.items() if not codec.lossless))
-        return identities_of(spec, self._codecs, accept)
-
-    def match(
-        self, spec: KVSpec, keys: Sequence[BlockKey], *, accept: Sequence[str] | None = None
-    ) -> int:
-        """Leading blocks that seem to be stored: a hint; only `load` makes certain.
-
-        Args:
-            spec: what the numbers mean.
-            keys: of a prompt's blocks, from its start.
-            accept: fidelities of ancestors that are acceptable; by default exact ones, and for a
-                lossy codec also those that went through that codec.
-        """
-        self._check_open()
-        return sum(
-            found.count for found in self._directory.run(self._identities(spec, accept), keys)
-        )
-
-    def pin(
-        self,
-        spec: KVSpec,
-        keys: Sequence[BlockKey],
-        *,
-        seconds: float = 60.0,
-        accept: Sequence[str] | None = None,
-    ) -> Lease:
-        """Keep the stored leading blocks of a prompt from being evicted, for a while.
-
-        Args:
-            spec: see `match`.
-            keys: see `match`.
-            seconds: how long, at most; an owner that dies keeps nothing for ever.
-            accept: see `match`.
-
-        Returns:
-            A lease, to be released or used as a context manager. It holds in this process: another
-            one that shares the folder may evict all the same.
-        """
-        self._check_open()
-        self._leases.expire()
-        run = self._directory.run(self._identities(spec, accept), keys)
-        num_blocks = sum(found.count for found in run)
-        return self._leases.give([found.key for found in run], num_blocks, seconds)
+        self._background_reader = replace(self._reader, finished=self._finished_later)
 
     # -- reading
 
@@ -227,6 +202,8 @@ class KVStore(SnapshotRecords):
         *,
         accept: Sequence[str] | None = None,
         deadline: float | None = None,
+        start: int = 0,
+        hint: Hint | None = None,
     ) -> Loaded:
         """Restore the longest stored run of leading blocks.
 
@@ -235,15 +212,19 @@ class KVStore(SnapshotRecords):
             keys: of a prompt's blocks, from its start.
             accept: see `match`.
             deadline: `time.monotonic()` after which to return what has arrived.
+            start: first block that is wanted; what comes before is only looked up.
+            hint: what is known of the next use, for the replacement policies.
 
         Returns:
-            Verified blocks in fresh CPU tensors. Whatever could not be read, verified or decoded
-            ends the run there.
+            Verified blocks in fresh tensors on the CPU or the store's device. Whatever could not be
+            read, verified or decoded ends the run there.
 
         Raises:
             ConfigError: the model has recurrent layers.
         """
-        return self._load(spec, keys, accept, None, Priority.DEMAND, deadline).result()
+        reader = self._reader if deadline is None else self._background_reader
+        load = self._load(spec, keys, accept, None, Priority.DEMAND, deadline, start, reader, hint)
+        return load.result()
 
     def load_async(
         self,
@@ -254,6 +235,7 @@ class KVStore(SnapshotRecords):
         priority: float = Priority.DEMAND,
         deadline: float | None = None,
         layers: int | None = None,
+        hint: Hint | None = None,
     ) -> Load:
         """Begin to restore the longest stored run of leading blocks, the first layers first.
 
@@ -264,6 +246,7 @@ class KVStore(SnapshotRecords):
             priority: see `kvlib.store.work.Priority`.
             deadline: see `load`.
             layers: layers that become ready together; None for an eighth of them.
+            hint: see `load`.
 
         Returns:
             What to wait for: `Load.wait_layer`, `Load.result`, `Load.cancel`.
@@ -273,7 +256,10 @@ class KVStore(SnapshotRecords):
         """
         group = lcm(*(codec.caps(spec).layer_group for codec in self._codecs.values()))
         step = max(layers or -(-spec.num_layers // _LAYER_BATCHES), 1)
-        return self._load(spec, keys, accept, -(-step // group) * group, priority, deadline)
+        step = -(-step // group) * group
+        return self._load(
+            spec, keys, accept, step, priority, deadline, reader=self._background_reader, hint=hint
+        )
 
     def load_pieces(
         self, spec: KVSpec, keys: Sequence[BlockKey], *, accept: Sequence[str] | None = None
@@ -293,7 +279,7 @@ class KVStore(SnapshotRecords):
         self._check_open()
         spec.require(_KINDS, "KVStore")
         self._leases.expire()
-        run = self._directory.run(self._identities(spec, accept), keys)
+        run = self._directory.loadable_run(self._identities(spec, accept), keys)
         return load_pieces(self._reader, spec, run, len(keys))
 
     def _load(
@@ -304,81 +290,75 @@ class KVStore(SnapshotRecords):
         layers: int | None,
         priority: float,
         deadline: float | None,
+        start: int = 0,
+        reader: Reader | None = None,
+        hint: Hint | None = None,
     ) -> Load:
         self._check_open()
         spec.require(_KINDS, "KVStore")
-        self._leases.expire()
-        run = self._directory.run(self._identities(spec, accept), keys)
+        identities = self._identities(spec, accept)
+
+        def look() -> list[Found]:
+            self._leases.expire()
+            run = self._directory.loadable_run(identities, keys)
+            return [found for found in run if found.first + found.count > start]
+
+        reader = reader or self._reader
+        if hint is not None:
+            later = reader is self._background_reader
+            finished = partial(self._finished_later if later else self._finished, hint=hint)
+            reader = replace(reader, finished=finished)
         return Load(
-            self._reader,
+            reader,
             spec,
-            run,
+            look,
             len(keys),
             layers=layers,
             priority=priority,
             deadline=deadline,
         )
 
-    def _finished(self, arrived: Sequence[Found], blocks: int, asked: int) -> None:
+    def _finished(
+        self, arrived: Sequence[Found], blocks: int, asked: int, hint: Hint | None = None
+    ) -> None:
         self._count(loads=1, hit_blocks=blocks, missed_blocks=asked - blocks)
+        keys = [found.key for found in arrived]
         with suppress(StoreClosedError):  # what has arrived is there all the same
-            self._stack.touch([found.key for found in arrived])
-            for found in arrived if self._second_touch is not None else ():
-                write = partial(self._writer.copy_down, found.key)
-                self._pool.submit(write, priority=Priority.STORE)
+            self._touch(keys, hint)
+            self._offer(arrived)
+
+    def _finished_later(
+        self, arrived: Sequence[Found], blocks: int, asked: int, hint: Hint | None = None
+    ) -> None:
+        """The same for those who must not wait for a disk."""
+        self._count(loads=1, hit_blocks=blocks, missed_blocks=asked - blocks)
+        touch = partial(self._touch, [found.key for found in arrived], hint)
+        with suppress(StoreClosedError):
+            self._pool.submit(touch, priority=Priority.STORE)
+            self._offer(arrived)
+
+    def _offer(self, arrived: Sequence[Found]) -> None:
+        """Let the disk have what was used and only memory has."""
+        if self._memory is None or self.path is None:
+            return
+        keys = [x.key for x in arrived if x.identity.codec == self.codec_text]
+        self._pool.submit(partial(self._writer.copy_down, keys), priority=Priority.STORE)
 
     def _spoilt(self, key: StoreKey) -> None:
         self._count(corrupt_records=1)
         self._drop(key)
 
-    def _codec_for(self, text: str) -> Codec:
-        for known, codec in self._codecs.items():
-            if text == known:
-                return codec
-        return codec_from_canonical(text)
-
-    def _drop(self, key: StoreKey) -> None:
-        self._directory.forget(key)
-        self._stack.delete(key)
-
-    def prefetch(
-        self,
-        spec: KVSpec,
-        keys: Sequence[BlockKey],
-        *,
-        accept: Sequence[str] | None = None,
-        priority: float = Priority.PREFETCH,
-        deadline: float | None = None,
-    ) -> Prefetch:
-        """Bring the stored leading blocks of a prompt into the memory tier, encoded as they are.
-
-        Args:
-            spec: see `load`.
-            keys: see `load`.
-            accept: see `match`.
-            priority: see `kvlib.store.work.Priority`.
-            deadline: `time.monotonic()` after which not to begin another read.
-
-        Returns:
-            What to wait for or cancel. Without a memory tier there is nothing to do.
-        """
-        self._check_open()
-        run = self._directory.run(self._identities(spec, accept), keys)
-        tasks = [
-            self._pool.submit(
-                lambda key=found.key: self._stack.read(key, deadline)[0] is not None,  # type: ignore[misc]
-                priority=priority,
-                deadline=deadline,
-            )
-            for found in run
-            if self._memory is not None and not self._memory.contains_many([found.key])[0]
-        ]
-        return Prefetch(sum(found.count for found in run), tasks)
-
     # -- writing
 
     def put(
-        self, spec: KVSpec, keys: Sequence[BlockKey], block: KVBlock, *, fidelity: str = EXACT
+        self,
+        spec: KVSpec,
+        keys: Sequence[BlockKey],
+        block: KVBlock,
+        *,
+        fidelity: str = EXACT,
+        ttl: float | str | None = None,
+        hint: Hint | None = None,
     ) -> PutReport:
         """Store the blocks of a prompt that are not stored yet.
 
@@ -388,21 +368,33 @@ class KVStore(SnapshotRecords):
             block: dense KV of all layers of the tokens [start, stop), both multiples of 64.
             fidelity: `EXACT`, or the lowest fidelity among the KV this was computed from
                 (`Loaded.fidelity`).
+            ttl: how long these blocks may be served; None for as long as the store says. Blocks
+                that are stored already keep the time they have.
+            hint: what is known of the next use, for the replacement policies.
 
         Returns:
             What was stored; want of room or a failing medium is counted, never raised.
 
         Raises:
+            ConfigError: a bad `ttl`.
             ShapeError: the block is not whole blocks, lacks layers, or goes beyond the keys.
             UnsupportedInputError: the codec cannot represent it.
         """
         self._check_open()
         spec.require(_KINDS, "KVStore")
         self._writer.check(spec, keys, block)
-        return self._write(spec, keys, block, fidelity)
+        return self._write(spec, keys, block, fidelity, self._rules.terms(ttl, hint))
 
     def put_async(
-        self, spec: KVSpec, keys: Sequence[BlockKey], block: KVBlock, *, fidelity: str = EXACT
+        self,
+        spec: KVSpec,
+        keys: Sequence[BlockKey],
+        block: KVBlock,
+        *,
+        fidelity: str = EXACT,
+        copy: bool = True,
+        ttl: float | str | None = None,
+        hint: Hint | None = None,
     ) -> Put:
         """Store blocks in the background; they are copied before this returns.
 
@@ -411,6 +403,9 @@ class KVStore(SnapshotRecords):
             keys: see `put`.
             block: see `put`.
             fidelity: see `put`.
+            copy: False gives the block away: nobody changes its CPU tensors any more.
+            ttl: see `put`; it begins when they are written.
+            hint: see `put`.
 
         Returns:
             What to wait for. Where `staging` has no room the blocks are dropped and counted, at
@@ -422,54 +417,50 @@ class KVStore(SnapshotRecords):
         self._check_open()
         spec.require(_KINDS, "KVStore")
         self._writer.check(spec, keys, block)
+        terms = self._rules.terms(ttl, hint)
         size = block.nbytes
         if not self._staging.take(size):
             dropped = (block.stop - block.start) // BLOCK_TOKENS
             self._count(staging_drops=dropped)
             return Put(None, PutReport(dropped_blocks=dropped))
         try:
-            return self._put_copy(spec, keys, block, fidelity, size)
+            mine = _copied(block) if copy else block
+            write = partial(self._write, spec, keys, mine, fidelity, terms)
+            task = self._pool.submit(write, priority=Priority.STORE)
         except BaseException:
             self._staging.give(size)
             raise
-
-    def _put_copy(
-        self, spec: KVSpec, keys: Sequence[BlockKey], block: KVBlock, fidelity: str, size: int
-    ) -> Put:
-        """Begin to store a copy, whose bytes are reserved."""
-        copy = KVBlock.dense(
-            spec,
-            [(x.keys.cpu().clone(), x.values.cpu().clone()) for x in block.layers],
-            start=block.start,
-        )
-
-        write = partial(self._write, spec, keys, copy, fidelity)
-        task = self._pool.submit(write, priority=Priority.STORE)
         task.add_done_callback(lambda _: self._staging.give(size))
         return Put(task, None)
 
+    @property
+    def staging_left(self) -> int:
+        """Bytes that `put_async` has room for now."""
+        return self._staging.left
+
     def _write(
-        self, spec: KVSpec, keys: Sequence[BlockKey], block: KVBlock, fidelity: str
+        self,
+        spec: KVSpec,
+        keys: Sequence[BlockKey],
+        block: KVBlock,
+        fidelity: str,
+        terms: Terms,
     ) -> PutReport:
         self._leases.expire()
         identities = self._identities(spec, (fidelity,))
-        report = self._writer.put(spec, keys, block, forms_of(identities, self._codecs))
+        report = self._writer.put(spec, keys, block, forms_of(identities, self._codecs, terms))
         self._count(stored_blocks=report.stored_blocks)
+        self._relief.look()
         return report
 
     # -- upkeep
 
     def stats(self) -> StoreStats:
         """A snapshot of the counters of the store and its tiers."""
+        device = {} if self._device is None else {self._device.name: self._device.stats()}
         with self._lock:
-            return replace(
-                self._stats, tiers={tier.name: tier.stats() for tier in self._stack.tiers}
-            )
-
-    def check(self, *, repair: bool = False) -> dict[str, CheckReport]:
-        """Verify every record of every tier; see `Tier.check`."""
-        self._check_open()
-        return {tier.name: tier.check(repair=repair) for tier in self._stack.tiers}
+            tiers = {tier.name: tier.stats() for tier in self._stack.tiers}
+            return replace(self._stats, tiers=device | tiers)
 
     def _count(self, **more: int) -> None:
         with self._lock:
@@ -490,11 +481,20 @@ class KVStore(SnapshotRecords):
         if self._closed or os.getpid() != self._pid:
             return
         self._closed = True
-        self._pool.close()
-        self._stack.close()
+        self._ending.close()
+        if self._device is not None:
+            self._device.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _copied(block: KVBlock) -> KVBlock:
+    return KVBlock.dense(
+        block.spec,
+        [(x.keys.cpu().clone(), x.values.cpu().clone()) for x in block.layers],
+        start=block.start,
+    )

@@ -13,6 +13,8 @@ from typing import ClassVar, Protocol, Self, runtime_checkable
 from kvlib.codecs.container import Buffer, Container, Header, parse_header
 from kvlib.errors import CorruptDataError
 from kvlib.keys import StoreKey
+from kvlib.store.replacement.base import Hint
+from kvlib.store.terms import Terms
 
 __all__ = [
     "CheckReport",
@@ -42,6 +44,8 @@ class TierStats:
         duplicates: puts of a key that was there already (nothing is written).
         rejected: puts dropped for want of room (larger than the capacity, or the disk is full).
         evicted: records deleted to make room.
+        expired: records whose time was over when they were asked for or had to make room; where
+            a read was asked for, it is also a miss.
         read_bytes: bytes read.
         written_bytes: bytes written.
     """
@@ -58,6 +62,7 @@ class TierStats:
     duplicates: int = 0
     rejected: int = 0
     evicted: int = 0
+    expired: int = 0
     read_bytes: int = 0
     written_bytes: int = 0
 
@@ -141,11 +146,17 @@ class Tier(Protocol):
         """
         ...
 
-    def put(self, key: StoreKey, parts: Sequence[Buffer]) -> bool:
+    def put(self, key: StoreKey, parts: Sequence[Buffer], terms: Terms | None = None) -> bool:
         """Store a record given in pieces; the pieces are not kept.
 
-        The first record of a key stays: a second put of it writes nothing. Room is reserved before
-        anything is written, by dropping the records used longest ago.
+        The first record of a key stays, on its terms: a second put of it writes nothing. Room is
+        reserved before anything is written: a tenant beyond its quota drops records of its own;
+        then those go whose time is over, and those that the replacement policy names.
+
+        Args:
+            key: its name.
+            parts: the container.
+            terms: for how long it is kept, and on whose account; None for ever, on nobody's.
 
         Returns:
             Whether the key is held now.
@@ -160,8 +171,24 @@ class Tier(Protocol):
         """Total bytes of a record, None if it is not there."""
         ...
 
-    def touch(self, keys: Sequence[StoreKey]) -> None:
-        """Mark records as used, the last one as used last."""
+    def terms(self, key: StoreKey) -> Terms | None:
+        """The time left to a record, at most 0 if it is over, and its tenant; None if not there."""
+        ...
+
+    def touch(self, keys: Sequence[StoreKey], hint: Hint | None = None) -> None:
+        """Mark records as used, the last one as used last; a hint is given to the policy."""
+        ...
+
+    def trim(self, most_bytes: int, tenant: bytes | None = None) -> int:
+        """Drop records, those that would make room next first, until the tier holds no more.
+
+        Args:
+            most_bytes: that may stay.
+            tenant: drop and count only its records.
+
+        Returns:
+            How many went. Pinned ones and those being written or read stay.
+        """
         ...
 
     def pin(self, keys: Sequence[StoreKey]) -> None:

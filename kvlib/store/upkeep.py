@@ -2,8 +2,8 @@
 """What is in a store on disk, what of it is damaged, and what may go."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ __all__ = [
     "clear",
     "describe",
     "drop",
+    "expired",
     "is_of",
     "is_older_version",
     "problem",
@@ -51,6 +52,8 @@ class Record:
         fidelity: lowest among the KV it was computed from; its codec may cost more.
         layers: how many.
         spec: fingerprint of the model's spec, in hexadecimal digits.
+        tenant: tag of whose account it is on, in hexadecimal digits.
+        ttl: seconds for which it may still be served, at most 0 if that is over; None for ever.
         problem: why the header cannot be read; empty if it can.
     """
 
@@ -62,26 +65,36 @@ class Record:
     fidelity: str = ""
     layers: int = 0
     spec: str = ""
+    tenant: str = ""
+    ttl: float | None = None
     problem: str = ""
 
 
-def describe(store: Kept, mac_key: bytes | None = None) -> Iterator[Record]:
-    """The records of a store, the one used longest ago first; only headers are read."""
+def describe(
+    store: Kept, mac_key: bytes | None = None, keys: Iterable[StoreKey] | None = None
+) -> Iterator[Record]:
+    """The records of a store, the one used longest ago first; only headers are read.
+
+    Args:
+        store: the store.
+        mac_key: of the records.
+        keys: of them; None for all.
+    """
     front = np.empty(MAX_HEADER_BYTES, np.uint8).data
-    for key in store.keys():
-        size = store.size(key)
-        if size is None:
+    for key in store.keys() if keys is None else keys:
+        size, terms = store.size(key), store.terms(key)
+        if size is None or terms is None:
             continue  # gone meanwhile
+        record = Record(key=key, nbytes=size, tenant=terms.tenant.hex(), ttl=terms.ttl)
         try:
             if store.peek(key, front, ()) is None:
                 continue
             header = parse_header(front, mac_key=mac_key)
         except GIVEN_UP as exc:
-            yield Record(key=key, nbytes=size, problem=str(exc) or type(exc).__name__)
+            yield replace(record, problem=str(exc) or type(exc).__name__)
             continue
-        yield Record(
-            key=key,
-            nbytes=size,
+        yield replace(
+            record,
             start=header.start,
             tokens=header.num_tokens,
             codec=header.codec,
@@ -89,6 +102,12 @@ def describe(store: Kept, mac_key: bytes | None = None) -> Iterator[Record]:
             layers=len(header.layers),
             spec=header.spec_fingerprint.hex(),
         )
+
+
+def expired(store: Kept) -> list[StoreKey]:
+    """The records whose time is over, and which are still there."""
+    terms = ((key, store.terms(key)) for key in store.keys())
+    return [key for key, t in terms if t is not None and t.ttl is not None and t.ttl <= 0]
 
 
 @dataclass(slots=True)
@@ -102,6 +121,9 @@ class Summary:
         codecs: records by codec.
         fidelities: records by fidelity.
         models: records by fingerprint of the spec.
+        tenants: records by tag of whose account they are on.
+        expiring: records that have a time to live.
+        expired: of these, whose time is over.
         unreadable: records by why their headers cannot be read.
         oldest: earliest last use, in seconds since 1970, if the tier knows.
         newest: latest one.
@@ -113,6 +135,9 @@ class Summary:
     codecs: Counter[str] = field(default_factory=Counter)
     fidelities: Counter[str] = field(default_factory=Counter)
     models: Counter[str] = field(default_factory=Counter)
+    tenants: Counter[str] = field(default_factory=Counter)
+    expiring: int = 0
+    expired: int = 0
     unreadable: Counter[str] = field(default_factory=Counter)
     oldest: float | None = None
     newest: float | None = None
@@ -125,6 +150,9 @@ def summarize(store: Kept, mac_key: bytes | None = None, step: Step = lambda don
         total.records += 1
         total.nbytes += record.nbytes
         total.tokens += record.tokens
+        total.tenants[record.tenant] += 1
+        total.expiring += record.ttl is not None
+        total.expired += record.ttl is not None and record.ttl <= 0
         if record.problem:
             total.unreadable[record.problem] += 1
         else:
@@ -243,25 +271,31 @@ def is_of(codec: str, wanted: str) -> bool:
 def to_drop(
     store: Kept,
     *,
-    most_bytes: int,
+    most_bytes: int | None,
     codec: str | None = None,
     older: bool = False,
     mac_key: bytes | None = None,
     step: Step = lambda done: None,
 ) -> list[Record]:
-    """Which records have to go to bring a store down to a size, those used longest ago first.
+    """Which records have to go: those whose time is over, then those used longest ago.
 
     Args:
         store: the store.
-        most_bytes: physical bytes that may stay.
+        most_bytes: physical bytes that may stay; None drops only what is over.
         codec: only records of this codec may go; see `kvlib store gc`.
         older: only records of older versions of their codec may go.
         mac_key: of the records.
         step: see `Step`.
     """
-    left = store.stats().used_bytes
-    going = []
+    over = expired(store)
+    going = list(describe(store, mac_key, over))
+    if most_bytes is None:
+        return going
+    left = store.stats().used_bytes - sum(store.physical(record.nbytes) for record in going)
+    gone = set(over)
     for record in describe(store, mac_key):
+        if record.key in gone:
+            continue
         if left <= most_bytes:
             break
         step(record.nbytes)

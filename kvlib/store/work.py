@@ -5,9 +5,12 @@ Two queues, one for what somebody waits for (loads, prefetches) and one for what
 (stores). Loads go first, the most urgent of them before the others; but after `FAIR` loads in a row
 a waiting store has its turn, so neither starves. What is still in a queue can be cancelled, and
 what is past its deadline when its turn comes is not begun.
+
+A forked child has the queues but not the threads: whoever would wait there for ever is told so.
 """
 
 import heapq
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
@@ -23,6 +26,8 @@ __all__ = ["FAIR", "Priority", "Task", "WorkPool"]
 FAIR = 8
 """Loads in a row before a waiting store has its turn."""
 
+_IDLE_S = 5.0
+
 T = TypeVar("T")
 
 
@@ -37,6 +42,19 @@ class Priority(IntEnum):
     """Nobody waits for it."""
 
 
+def _check_process(pid: int) -> None:
+    """Refuse to wait in another process than this one.
+
+    Raises:
+        StoreClosedError: it was forked since.
+    """
+    if os.getpid() != pid:
+        raise StoreClosedError(
+            "this was begun before a fork, by threads that the child process does not have; open "
+            "a new store there"
+        )
+
+
 class Task(Future[T]):
     """A `Future` with a place in the queue."""
 
@@ -44,6 +62,16 @@ class Task(Future[T]):
         super().__init__()
         self._call: Callable[[], T] | None = call
         self._deadline = deadline
+        self._pid = os.getpid()
+
+    def result(self, timeout: float | None = None) -> T:
+        """See `Future.result`.
+
+        Raises:
+            StoreClosedError: in a forked child.
+        """
+        _check_process(self._pid)
+        return super().result(timeout)
 
     def run(self) -> None:
         """Do it, unless it was cancelled or its time is over (then it counts as cancelled)."""
@@ -79,18 +107,29 @@ class WorkPool:
     """
 
     def __init__(self, threads: int, name: str) -> None:
+        self._pid = os.getpid()
         self._ready = threading.Condition()
         self._order = count()
         self._loads: list[_Entry] = []
         self._stores: list[_Entry] = []
         self._in_a_row = 0
         self._closed = False
+        self._then: Callable[[], None] | None = None
+        self._working = max(threads, 1)
         self._threads = [
             threading.Thread(target=self._work, name=f"{name}-{i}", daemon=True)
-            for i in range(max(threads, 1))
+            for i in range(self._working)
         ]
         for thread in self._threads:
             thread.start()
+
+    def check_process(self) -> None:
+        """Refuse to wait for these threads where they are not.
+
+        Raises:
+            StoreClosedError: in a forked child.
+        """
+        _check_process(self._pid)
 
     def number(self) -> int:
         """A place in the order, for several tasks of one cause; see `submit`."""
@@ -132,7 +171,8 @@ class WorkPool:
             while not self._loads and not self._stores:
                 if self._closed:
                     return None
-                self._ready.wait()
+                # `retire` may run inside of `wait`, in this very thread, and then wake all but us.
+                self._ready.wait(_IDLE_S)
             if self._stores and (not self._loads or self._in_a_row >= FAIR):
                 self._in_a_row = 0
                 return heapq.heappop(self._stores)[-1]
@@ -143,12 +183,38 @@ class WorkPool:
         while True:
             task = self._next()
             if task is None:
-                return
+                break
             task.run()
             del task
+        with self._ready:
+            self._working -= 1
+            then = self._then if not self._working else None
+        if then is not None:
+            then()
 
-    def close(self) -> None:
-        """Finish the stores, cancel the loads, and end the threads."""
+    def retire(self, then: Callable[[], None]) -> None:
+        """Finish what is queued and end the threads, without waiting for them.
+
+        For a garbage collection, which may interrupt anything: it waits for nothing and empties no
+        queue.
+
+        Args:
+            then: what the last thread does in the end.
+        """
+        with self._ready:  # reentrant
+            self._then = then
+            self._closed = True
+            self._ready.notify_all()
+
+    def close(self, timeout: float | None = None) -> bool:
+        """Finish the stores, cancel the loads, and end the threads.
+
+        Args:
+            timeout: seconds to wait for the threads at most.
+
+        Returns:
+            Whether they have ended.
+        """
         with self._ready:
             self._closed = True
             loads, self._loads = self._loads, []
@@ -156,6 +222,12 @@ class WorkPool:
         for *_, task in loads:
             task.cancel()
             task.run()  # tells those that wait; the call is not made
+        until = None if timeout is None else monotonic() + timeout
         for thread in self._threads:
             if thread is not threading.current_thread():
-                thread.join()
+                thread.join(None if until is None else max(until - monotonic(), 0.0))
+        return not any(
+            thread.is_alive()
+            for thread in self._threads
+            if thread is not threading.current_thread()
+        )

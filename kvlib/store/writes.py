@@ -4,6 +4,8 @@
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from kvlib.blocks import KVBlock
@@ -17,11 +19,14 @@ from kvlib.store.directory import Directory, Identity
 from kvlib.store.records import groups_to_write, is_dense
 from kvlib.store.reports import PutReport
 from kvlib.store.stack import TierStack
+from kvlib.store.terms import Terms
 
 if TYPE_CHECKING:
     from kvlib.store.replacement.admission import SecondTouch
 
 __all__ = ["Form", "Staging", "Writer", "forms_of", "identities_of"]
+
+_REFUSED_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +37,13 @@ class Form:
         identity: what it is stored under.
         codec: what encodes it.
         persistent: for the persistent tiers, for the others, or (None) for all.
+        terms: on which it is kept; None for those of the store.
     """
 
     identity: Identity
     codec: Codec
     persistent: bool | None
+    terms: Terms | None = None
 
 
 def identities_of(
@@ -62,10 +69,14 @@ def identities_of(
     ]
 
 
-def forms_of(identities: Sequence[Identity], codecs: Mapping[str, Codec]) -> list[Form]:
+def forms_of(
+    identities: Sequence[Identity], codecs: Mapping[str, Codec], terms: Terms | None = None
+) -> list[Form]:
     """What is written where: one form everywhere, or the first in memory and the second on disk."""
     tiers = (None,) if len(identities) == 1 else (False, True)
-    return [Form(x, codecs[x.codec], tier) for x, tier in zip(identities, tiers, strict=True)]
+    return [
+        Form(x, codecs[x.codec], tier, terms) for x, tier in zip(identities, tiers, strict=True)
+    ]
 
 
 class Staging:
@@ -88,10 +99,29 @@ class Staging:
             self.used_bytes += num_bytes
             return True
 
+    @property
+    def left(self) -> int:
+        """Bytes that there is room for."""
+        return self._capacity - self.used_bytes
+
     def give(self, num_bytes: int) -> None:
         """Give back."""
         with self._lock:
             self.used_bytes -= num_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """What came of some blocks: how many were stored now, or before, and bytes written."""
+
+    stored: int = 0
+    present: int = 0
+    nbytes: int = 0
+
+    def __add__(self, more: "_Written") -> "_Written":
+        return _Written(
+            self.stored + more.stored, self.present + more.present, self.nbytes + more.nbytes
+        )
 
 
 class Writer:
@@ -115,6 +145,7 @@ class Writer:
         self._directory = directory
         self._second_touch = second_touch
         self._mac_key = mac_key
+        self._refused = -_REFUSED_S
 
     @staticmethod
     def check(spec: KVSpec, keys: Sequence[BlockKey], block: KVBlock) -> None:
@@ -147,17 +178,19 @@ class Writer:
         for group in reversed(groups_to_write(missing)):
             mine = tuple(keys[i] for i in group)
             part = block.slice(group[0] * BLOCK_TOKENS, (group[-1] + 1) * BLOCK_TOKENS)
-            written = [size for form in forms if (size := self._write(form, mine, part))]
-            if written:
-                report = replace(
-                    report,
-                    stored_blocks=report.stored_blocks + len(group),
-                    stored_bytes=report.stored_bytes + sum(written),
-                    raw_bytes=report.raw_bytes + len(group) * BLOCK_TOKENS * spec.bytes_per_token(),
-                )
-            else:
-                report = replace(report, dropped_blocks=report.dropped_blocks + len(group))
-        self._tiers.touch(present)
+            written = [self._write_all(form, mine, part) for form in forms]
+            stored = max(w.stored for w in written)
+            there = max(w.stored + w.present for w in written)
+            report = replace(
+                report,
+                stored_blocks=report.stored_blocks + stored,
+                present_blocks=report.present_blocks + there - stored,
+                dropped_blocks=report.dropped_blocks + len(group) - there,
+                stored_bytes=report.stored_bytes + sum(w.nbytes for w in written),
+                raw_bytes=report.raw_bytes + stored * BLOCK_TOKENS * spec.bytes_per_token(),
+            )
+        terms = forms[0].terms
+        self._tiers.touch(present, None if terms is None else terms.hint)
         return report
 
     def _present(
@@ -183,17 +216,35 @@ class Writer:
                 at += found.count
         return records, missing
 
-    def _write(self, form: Form, mine: tuple[BlockKey, ...], part: KVBlock) -> int | None:
-        """Encode and write one record; its size, or None when no tier took it."""
+    def _write_all(self, form: Form, mine: tuple[BlockKey, ...], part: KVBlock) -> _Written:
+        """Write blocks as one record, or what somebody else's shorter record leaves of them."""
+        done = self._write(form, mine, part)
+        at = done.stored + done.present
+        if not 0 < at < len(mine):
+            return done
+        for key in mine[at:]:  # what is not a whole chunk is stored block by block
+            start = part.start + at * BLOCK_TOKENS
+            done += self._write(form, (key,), part.slice(start, start + BLOCK_TOKENS))
+            at += 1
+        return done
+
+    def _write(self, form: Form, mine: tuple[BlockKey, ...], part: KVBlock) -> _Written:
+        """Encode and write one record, unless one is there: whose blocks then count as present."""
         key = StoreKey(mine[0], form.identity.storage)
         persistent = form.persistent
         touch = self._second_touch
         if touch is not None and persistent is not False and not touch.wanted(key):
-            if persistent:
-                return None
             persistent = False
+        if persistent is False and not self._tiers.takes(persistent=False):
+            return _Written()
 
-        def write() -> int | None:
+        def write() -> _Written:
+            held = self._directory.record_keys(key) or ()  # since we looked last
+            same = sum(
+                1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(held, mine, strict=False))
+            )
+            if same:
+                return _Written(present=same)
             parts = encode_block(
                 part,
                 form.codec,
@@ -201,16 +252,32 @@ class Writer:
                 fidelity=form.identity.ancestors,
                 mac_key=self._mac_key,
             )
-            held = self._tiers.put(key, parts, persistent=persistent)
-            return sum(memoryview(p).nbytes for p in parts) if held else None
+            if not self._tiers.put(key, parts, persistent=persistent, terms=form.terms):
+                return _Written()
+            self._directory.remember(key, mine)
+            return _Written(stored=len(mine), nbytes=sum(memoryview(p).nbytes for p in parts))
 
-        return self._tiers.once(key, write)
+        while True:
+            written, shared = self._tiers.once(key, write)
+            if not shared:
+                return written
+            # Another caller's put, perhaps of fewer blocks than ours: look what is there now.
 
-    def copy_down(self, key: StoreKey) -> None:
-        """Write a record of the memory tier to disk, if it was wanted before and is not there."""
-        if self._second_touch is None or not self._second_touch.wanted(key):
+    def copy_down(self, keys: Sequence[StoreKey]) -> None:
+        """Offer records that were used to the disk, if only memory has them.
+
+        They are those that the disk had no room for, that `second_touch` waited with, or that the
+        disk let go of. Their use says that they are worth it; one that is never used again costs
+        nothing more. A disk that refuses one is left alone for a while.
+        """
+        if not self._tiers.takes(persistent=True) or monotonic() < self._refused + _REFUSED_S:
             return
-        if not self._tiers.contains(key, persistent=True):
+        for key in reversed(keys):
+            if self._tiers.contains(key, persistent=True):
+                continue
+            if self._second_touch is not None and not self._second_touch.wanted(key):
+                continue
             data, _ = self._tiers.read(key)
-            if data is not None:
-                self._tiers.put(key, [data], persistent=True)
+            if data is not None and not self._tiers.put(key, [data], persistent=True):
+                self._refused = monotonic()
+                return

@@ -22,7 +22,9 @@ from functools import partial
 from pathlib import Path
 
 from kvlib.keys import StoreKey
+from kvlib.store.segment_accounts import Account
 from kvlib.store.segments import SegmentStore
+from kvlib.store.terms import NO_TERMS, Terms
 from kvlib.testing.records import make_record
 
 __all__ = ["KillReport", "kill_trials"]
@@ -30,6 +32,12 @@ __all__ = ["KillReport", "kill_trials"]
 Record = tuple[StoreKey, bytes]
 
 _CAPACITY = 60 * 4096
+_QUOTA = 20 * 4096
+_TERMS = (
+    NO_TERMS,
+    Terms(ttl=3600.0, tenant=b"tenant 1", quota=_QUOTA),
+    Terms(ttl=0.002, tenant=b"tenant 2", quota=_QUOTA),
+)
 _WRONG, _FAILED = 3, 4
 _PATIENCE_S = 60.0
 
@@ -81,7 +89,7 @@ def _work(folder: Path, records: Sequence[Record], seed: int, stop: float) -> in
                     if _read(store, key) not in (None, want):
                         return _WRONG
                 elif choose.random() < 0.85:
-                    store.put(key, [want[:100], want[100:]])
+                    store.put(key, [want[:100], want[100:]], choose.choice(_TERMS))
                 else:
                     store.delete(key)
     return 0
@@ -103,6 +111,11 @@ def _look(folder: Path, records: Sequence[Record], report: int, *, whole: bool) 
             raise AssertionError(f"{stats.corrupt} corrupt records, {problems}")
         if used > _CAPACITY or not store.check().ok:
             raise AssertionError(f"{used} bytes of {_CAPACITY}, {store.check()}")
+        for terms in _TERMS[1:]:
+            if not whole:  # what had made room was found again
+                store.trim(_QUOTA, terms.tenant)
+            if store._room.limits()[1].get(terms.tenant, Account()).used * 4096 > _QUOTA:
+                raise AssertionError(f"a tenant holds more than {_QUOTA} bytes")
         key, want = records[0]
         if not store.put(key, [want]) or _read(store, key) != want:
             raise AssertionError("a put after the kill did not work")

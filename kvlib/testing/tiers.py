@@ -13,6 +13,9 @@ import pytest
 from kvlib.codecs.container import parse_header
 from kvlib.errors import StoreClosedError
 from kvlib.keys import StoreKey
+from kvlib.store import terms as clocks
+from kvlib.store.replacement import Hint
+from kvlib.store.terms import Terms
 from kvlib.store.tier import Tier
 from kvlib.testing.records import make_record
 
@@ -292,3 +295,177 @@ class TierContract:
             assert list(tier.keys()) == order
             for key, parts in records:
                 assert read(tier, key) == (b"".join(parts) if self.persistent else None)
+
+    def test_what_expired_is_a_counted_miss(
+        self, make_tier: Callable[[int], Tier], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A record is served as long as its time runs, is then gone, and may be put again."""
+        later = _passing(monkeypatch)
+        brief, lasting = make_record(20, size=3000), make_record(21, size=3000)
+        with make_tier(MIB) as tier:
+            assert tier.put(*brief, Terms(ttl=10))
+            assert tier.put(*lasting)
+            later(9.999)
+            assert read(tier, brief[0]) == b"".join(brief[1])
+            later(0.001)
+            misses = tier.stats().misses
+            assert tier.get_into(brief[0], bytearray(8192)) is None
+            assert tier.stats().misses == misses + 1
+            assert tier.size(brief[0]) is None
+            assert tier.contains_many([brief[0], lasting[0]]) == [False, True]
+            assert tier.check().ok
+            stats = tier.stats()
+            assert (stats.expired, stats.evicted, stats.records) == (1, 0, 1)
+            assert tier.put(*brief, Terms(ttl=5))
+            later(4)
+            assert tier.put(*brief, Terms(ttl=5))  # the first one stays, with its time
+            assert tier.stats().duplicates == 1
+            assert read(tier, brief[0]) == b"".join(brief[1])
+            later(1)
+            assert tier.put(*brief)  # expired, and nobody had noticed
+            later(1e9)
+            assert read(tier, brief[0]) == b"".join(brief[1])
+            assert tier.check().ok
+            assert tier.stats().used_bytes <= 2 * (4096 + self.overhead)
+
+    def test_what_expired_makes_room_first(
+        self, make_tier: Callable[[int], Tier], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Even if it was used last."""
+        later = _passing(monkeypatch)
+        records = [make_record(seed, size=3000) for seed in range(30, 35)]
+        with make_tier(3 * (4096 + self.overhead)) as tier:
+            for at, (key, parts) in enumerate(records[:3]):
+                tier.put(key, parts, Terms(ttl=10 if at == 1 else None))
+            later(9)
+            assert read(tier, records[1][0]) is not None
+            later(1)
+            assert tier.put(*records[3])
+            held = tier.contains_many([key for key, _ in records])
+            assert held == [True, False, True, True, False]
+            assert (tier.stats().expired, tier.stats().evicted) == (1, 0)
+
+    def test_terms_are_kept(
+        self, make_tier: Callable[[int], Tier], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Tenant and time; through a restart, whatever was done to the clock meanwhile."""
+        later = _passing(monkeypatch)
+        wall = clocks._wall_ms()
+        record = make_record(40)
+        with make_tier(MIB) as tier:
+            tier.put(*record, Terms(ttl=100, tenant=b"somebody"))
+            later(10)
+            terms = tier.terms(record[0])
+            assert terms is not None
+            assert (terms.tenant, terms.ttl) == (b"somebody", 90)
+            assert tier.terms(make_record(41)[0]) is None
+        if not self.persistent:
+            return
+        monkeypatch.setattr(clocks, "_wall_ms", lambda: wall + 20_000)
+        with make_tier(MIB) as tier:
+            terms = tier.terms(record[0])
+            assert terms is not None
+            assert terms.tenant == b"somebody"
+            assert terms.ttl is not None
+            assert 79 < terms.ttl <= 80.1
+            later(81)
+            assert tier.contains_many([record[0]]) == [False]
+        monkeypatch.setattr(clocks, "_wall_ms", lambda: wall - 86_400_000)
+        with make_tier(MIB) as tier:  # set back by a day: what went does not come back
+            assert read(tier, record[0]) is None
+            assert tier.put(*record, Terms(ttl=100))
+            assert read(tier, record[0]) is not None
+            later(100)
+            assert read(tier, record[0]) is None
+
+    def test_a_clock_that_is_set_changes_nothing(
+        self, make_tier: Callable[[int], Tier], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As long as the tier is open: no record expires early, and none comes back."""
+        later = _passing(monkeypatch)
+        wall = clocks._wall_ms()
+        record, other = make_record(42), make_record(43)
+        with make_tier(MIB) as tier:
+            tier.put(*record, Terms(ttl=10))
+            tier.put(*other, Terms(ttl=1000))
+            for day in (86_400_000, -86_400_000):
+                monkeypatch.setattr(clocks, "_wall_ms", lambda day=day: wall + day)
+                assert read(tier, record[0]) is not None
+            later(10)
+            assert read(tier, record[0]) is None
+            assert read(tier, other[0]) is not None
+
+    def test_a_quota_is_kept_by_its_tenant(self, make_tier: Callable[[int], Tier]) -> None:
+        """Its own oldest records go; nobody else's, though the tier is not full."""
+        unit = 4096 + self.overhead
+        records = [make_record(seed, size=3000) for seed in range(50, 60)]
+        keys = [key for key, _ in records]
+        mine = Terms(tenant=b"tenant 1", quota=2 * unit)
+        with make_tier(6 * unit) as tier:
+            for record in records[:3]:
+                assert tier.put(*record, Terms(tenant=b"tenant 2"))
+            for record in records[3:5]:
+                assert tier.put(*record, mine)
+            tier.touch([keys[3]])
+            assert tier.put(*records[5], mine)
+            assert tier.contains_many(keys[:6]) == [True, True, True, True, False, True]
+            tier.pin([keys[3], keys[5]])
+            assert not tier.put(*records[6], mine)
+            assert tier.contains_many(keys[:7]) == [True, True, True, True, False, True, False]
+            tier.unpin([keys[3], keys[5]])
+            assert tier.put(*records[6], mine)
+            assert tier.put(*records[7], Terms(tenant=b"tenant 2"))  # has none
+            assert not tier.put(*make_record(60, size=20_000), mine)
+            assert tier.contains_many(keys[:8]) == [*[True] * 3, False, False, *[True] * 3]
+            assert tier.check().ok
+            assert tier.stats().evicted == 2
+
+    def test_trim_brings_it_down(self, make_tier: Callable[[int], Tier]) -> None:
+        """What would go next goes first; what is pinned stays."""
+        unit = 4096 + self.overhead
+        records = [make_record(seed, size=3000) for seed in range(70, 76)]
+        keys = [key for key, _ in records]
+        with make_tier(10 * unit) as tier:
+            for record in records:
+                tier.put(*record)
+            assert tier.check().ok  # all of them are written
+            assert tier.trim(10 * unit) == 0
+            used = tier.stats().used_bytes
+            tier.pin([keys[0]])
+            assert tier.trim(used - 1) == 1
+            assert tier.contains_many(keys) == [True, False, True, True, True, True]
+            assert tier.trim(0) == 4
+            assert tier.contains_many(keys) == [True, False, False, False, False, False]
+            for record in records[1:]:
+                tenant = b"tenant 2" if record is records[2] else b"tenant 1"
+                tier.put(*record, Terms(tenant=tenant))
+            assert tier.check().ok
+            assert tier.trim(2 * unit, b"tenant 1") == 2
+            assert tier.contains_many(keys) == [True, False, True, False, True, True]
+            assert tier.check().ok
+
+    def test_hints_reach_the_policy(self, make_tier: Callable[[int], Tier]) -> None:
+        """Of a lower priority first, whatever was used last; from `put` and `touch`."""
+        records = [make_record(seed, size=3000) for seed in range(80, 85)]
+        keys = [key for key, _ in records]
+        with make_tier(3 * (4096 + self.overhead)) as tier:
+            tier.put(*records[0])
+            tier.put(*records[1])
+            tier.put(*records[2], Terms(hint=Hint(priority=-1)))
+            assert tier.put(*records[3])
+            assert tier.contains_many(keys[:4]) == [True, True, False, True]
+            tier.touch([keys[3]], Hint(priority=-1))
+            assert tier.put(*records[4])
+            assert tier.contains_many(keys) == [True, True, False, False, True]
+
+
+def _passing(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """A function that lets seconds pass for all tiers; besides, no time passes."""
+    now = clocks._elapsed_ms()
+
+    def later(seconds: float) -> None:
+        nonlocal now
+        now += round(1000 * seconds)
+
+    monkeypatch.setattr(clocks, "_elapsed_ms", lambda: now)
+    return later

@@ -5,17 +5,26 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 
 from kvlib.errors import ConfigError, IncompatibleDataError
-from kvlib.store import fileio, files
+from kvlib.store import file_record, fileio, files
 from kvlib.store.files import FileStore
+from kvlib.store.replacement import REPLACEMENTS
+from kvlib.store.terms import Terms
 from kvlib.testing.records import make_record
 from kvlib.testing.tiers import TierContract, read
 
@@ -43,10 +52,10 @@ def stray(folder: Path) -> list[Path]:
 def test_every_flipped_bit_is_a_counted_miss(tmp_path):
     """No single flipped bit of a record is served; the record is dropped."""
     key, parts = make_record(1, size=200)
-    good = b"".join(parts)
     with FileStore(tmp_path) as store:
         store.put(key, parts)
         path = the_file(tmp_path)
+        good = path.read_bytes()
         for bit in range(len(good) * 8):
             bad = bytearray(good)
             bad[bit // 8] ^= 1 << bit % 8
@@ -57,16 +66,16 @@ def test_every_flipped_bit_is_a_counted_miss(tmp_path):
             assert after.misses == before.misses + 1
             assert after.corrupt + after.errors == before.corrupt + before.errors + 1
         path.write_bytes(good)
-        assert read(store, key) == good
+        assert read(store, key) == b"".join(parts)
 
 
 def test_every_truncation_is_a_counted_miss(tmp_path):
     """No record that lost bytes at its end, or gained some, is served."""
     key, parts = make_record(2, size=200)
-    good = b"".join(parts)
     with FileStore(tmp_path) as store:
         store.put(key, parts)
         path = the_file(tmp_path)
+        good = path.read_bytes()
         for bad in [*(good[:n] for n in range(len(good))), good + b"\0", good * 2]:
             path.write_bytes(bad)
             assert read(store, key) is None
@@ -120,7 +129,7 @@ def test_a_failing_call_is_a_miss_or_a_drop(tmp_path, monkeypatch, which, code):
 
         with FileStore(tmp_path / str(nth), capacity=3 * 4096) as store:
             with monkeypatch.context() as patch:
-                for module in (files, fileio):
+                for module in (files, fileio, file_record):
                     patch.setattr(module.os, which, failing)
                 for key, parts in records:
                     store.put(key, parts)
@@ -148,11 +157,11 @@ def test_a_full_disk_drops_puts_and_serves_the_rest(tmp_path, monkeypatch):
     with FileStore(tmp_path) as store:
         store.put(*old)
         store.touch([old[0]])
-        inner = files.write_all
-        monkeypatch.setattr(files, "write_all", full)
+        inner = file_record.write_all
+        monkeypatch.setattr(file_record, "write_all", full)
         assert store.put(*new) is False
         assert store.stats().rejected == 1
-        monkeypatch.setattr(files, "write_all", inner)
+        monkeypatch.setattr(file_record, "write_all", inner)
         assert store.put(*new)
         assert store.check().ok
         assert stray(tmp_path) == []
@@ -256,8 +265,8 @@ def test_foreign_folders_are_refused_and_left_alone(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "real")
     with pytest.raises(ConfigError, match="symbolic link"):
         FileStore(tmp_path / "link")
-    (tmp_path / "real" / "FORMAT").write_text("kvlib filestore 2\n")
-    with pytest.raises(IncompatibleDataError, match="filestore 2"):
+    (tmp_path / "real" / "FORMAT").write_text("kvlib filestore 1\n")
+    with pytest.raises(IncompatibleDataError, match="filestore 1"):
         FileStore(tmp_path / "real")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "notes.txt", "real"]
     assert (tmp_path / "notes.txt").read_text() == "mine"
@@ -289,9 +298,9 @@ def test_damage_in_another_section_does_not_matter_to_a_part(tmp_path):
         store.put(key, parts)
         path = the_file(tmp_path)
         data = bytearray(path.read_bytes())
-        data[-1] ^= 1  # in the last section
+        data[-33] ^= 1  # in the last section: 32 bytes of terms are behind it
         path.write_bytes(data)
-        assert store.get_into(key, bytearray(len(data)), sections=[0]) == len(data)
+        assert store.get_into(key, bytearray(len(data)), sections=[0]) == len(data) - 32
         assert store.get_into(key, bytearray(len(data)), sections=[3]) is None
 
 
@@ -314,18 +323,18 @@ SEEDS = st.integers(0, 7)
 class FileStoreMachine(RuleBasedStateMachine):
     """A store against a dict: every read is exact or a miss, whatever happens to the files."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        import tempfile
-
+    @initialize(policy=st.sampled_from(REPLACEMENTS.names()))
+    def begin(self, policy: str) -> None:
         self.folder = tempfile.TemporaryDirectory()
-        self.store = FileStore(self.folder.name, capacity=CAPACITY)
+        self.policy = policy
+        self.store = FileStore(self.folder.name, capacity=CAPACITY, replacement=policy)
         self.allowed: set[int] = set()
 
-    @rule(seed=SEEDS)
-    def put(self, seed: int) -> None:
+    @rule(seed=SEEDS, quota=st.sampled_from([None, 4 * 4096]))
+    def put(self, seed: int, quota: int | None) -> None:
         key, parts = make_record(seed, size=1500 * seed)
-        assert self.store.put(key, parts)
+        terms = Terms(ttl=1e6, tenant=b"tenant 1", quota=quota)
+        assert self.store.put(key, parts, terms) or self.policy == "belady"
         self.allowed.add(seed)
 
     @rule(seed=SEEDS)
@@ -347,7 +356,7 @@ class FileStoreMachine(RuleBasedStateMachine):
     def reopen(self) -> None:
         held = set(self.store.keys())
         self.store.close()
-        self.store = FileStore(self.folder.name, capacity=CAPACITY)
+        self.store = FileStore(self.folder.name, capacity=CAPACITY, replacement=self.policy)
         assert set(self.store.keys()) <= held
 
     @precondition(lambda self: any(Path(self.folder.name).rglob("*.kvlc")))
@@ -365,9 +374,12 @@ class FileStoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def bounded(self) -> None:
-        assert self.store.stats().used_bytes <= CAPACITY
+        if hasattr(self, "store"):
+            assert self.store.stats().used_bytes <= CAPACITY
 
     def teardown(self) -> None:
+        if not hasattr(self, "store"):
+            return
         self.store.check(repair=True)
         assert self.store.check().ok
         self.store.close()
@@ -385,16 +397,17 @@ def test_a_record_that_replaced_a_damaged_one_is_not_dropped(tmp_path, monkeypat
     with FileStore(tmp_path) as store:
         store.put(key, parts)
         path = the_file(tmp_path)
-        inner = files.verify_record
+        whole = path.read_bytes()
+        inner = file_record.verify_record
 
         def replaced(*args, **kwargs):
-            (tmp_path / "new").write_bytes(good)
+            (tmp_path / "new").write_bytes(whole)
             os.replace(tmp_path / "new", path)
             return inner(*args, **kwargs)
 
-        path.write_bytes(good[:-1] + b"x")
-        monkeypatch.setattr(files, "verify_record", replaced)
+        path.write_bytes(whole[:-33] + b"x" + whole[-32:])
+        monkeypatch.setattr(file_record, "verify_record", replaced)
         assert read(store, key) is None
-        monkeypatch.setattr(files, "verify_record", inner)
+        monkeypatch.setattr(file_record, "verify_record", inner)
         assert read(store, key) == good
         assert store.check().ok

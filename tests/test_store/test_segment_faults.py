@@ -10,11 +10,15 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from kvlib.errors import ConfigError
 from kvlib.store import blockio, segment_commit, segment_index
+from kvlib.store import terms as clocks
+from kvlib.store.replacement import REPLACEMENTS, Hint
+from kvlib.store.segment_accounts import Account
 from kvlib.store.segments import SegmentStore
+from kvlib.store.terms import Terms
 from kvlib.testing.records import make_record
 from kvlib.testing.tiers import read
 
@@ -145,45 +149,76 @@ RECORDS = [make_record(seed, size=SIZES[seed % len(SIZES)] + seed) for seed in r
 WHOLE = [b"".join(parts) for _, parts in RECORDS]
 
 
-class SegmentMachine(RuleBasedStateMachine):
-    """Every read is exact or a miss, whatever fails, is damaged or dies."""
+QUOTA = 10 * PAGE
+TERMS = (
+    Terms(),
+    Terms(ttl=5, tenant=b"tenant 1"),
+    Terms(tenant=b"tenant 2", quota=QUOTA, hint=Hint(priority=-1)),
+    Terms(ttl=2, tenant=b"tenant 2", quota=QUOTA),
+)
 
-    def __init__(self) -> None:
-        super().__init__()
+
+class SegmentMachine(RuleBasedStateMachine):
+    """Every read is exact or a miss, whatever fails, is damaged or dies; nothing is served beyond
+    its time; capacity and quota hold.
+    """
+
+    @initialize(policy=st.sampled_from(REPLACEMENTS.names()))
+    def begin(self, policy: str) -> None:
+        self.policy = policy
         self.folder = Path(tempfile.mkdtemp())
         self.patch = pytest.MonkeyPatch()
+        self.now = clocks._wall_ms()
+        self.patch.setattr(clocks, "_elapsed_ms", lambda: self.now)
+        self.patch.setattr(clocks, "_wall_ms", lambda: self.now)
+        self.until: dict[int, float] = {}  # the latest end of the time of any put
         self.faults = Faults()
         self.faults.install(self.patch)
         self.patch.setattr(segment_commit, "_GROUP_S", 1e6)  # groups end where a rule says so
-        self.open()
         self.allowed: set[int] = set()
         self.ever: set[int] = set()
         self.damaged = False
+        self.rebuilt = False  # then a tenant may hold more, until it puts something
+        self.open()
 
     def open(self) -> None:
         self.faults.armed.clear()
-        self.store = SegmentStore(self.folder / "kv", capacity=CAPACITY, segment=10 * PAGE)
+        self.store = SegmentStore(
+            self.folder / "kv", capacity=CAPACITY, segment=10 * PAGE, replacement=self.policy
+        )
         if self.store._home.rebuilt:
+            self.rebuilt = True
             self.allowed = set(self.ever)  # what was deleted may be found again: it is exact
 
-    @rule(seed=SEEDS)
-    def put(self, seed: int) -> None:
+    @rule(seconds=st.sampled_from([1, 2, 6]))
+    def pass_time(self, seconds: int) -> None:
+        self.now += 1000 * seconds
+
+    @rule(seed=SEEDS, terms=st.sampled_from(TERMS))
+    def put(self, seed: int, terms: Terms) -> None:
         fired = self.faults.fired
-        held = self.store.put(*RECORDS[seed])
+        held = self.store.put(*RECORDS[seed], terms)
         if held:
             self.allowed.add(seed)
             self.ever.add(seed)
+            until = self.now + 1000 * (float("inf") if terms.ttl is None else terms.ttl)
+            self.until[seed] = max(self.until.get(seed, 0), until)
+        if not held and (self.policy == "belady" or len(WHOLE[seed]) + PAGE > QUOTA):
+            return  # it need not come in
         if fired == self.faults.fired and not self.faults.armed:
             assert held
             if read(self.store, RECORDS[seed][0]) is None:  # it was there, and damaged
                 assert self.damaged
-                assert self.store.put(*RECORDS[seed])
+                if not self.store.put(*RECORDS[seed], terms):
+                    assert self.policy == "belady"
+                    return
             assert read(self.store, RECORDS[seed][0]) == WHOLE[seed]
 
     @rule(seed=SEEDS)
     def get(self, seed: int) -> None:
         got = read(self.store, RECORDS[seed][0])
         assert got is None or (seed in self.allowed and got == WHOLE[seed])
+        assert got is None or self.now < self.until[seed]
 
     @rule(seed=SEEDS, index=st.integers(0, 3))
     def part(self, seed: int, index: int) -> None:
@@ -266,9 +301,16 @@ class SegmentMachine(RuleBasedStateMachine):
 
     @invariant()
     def bounded(self) -> None:
+        if not hasattr(self, "store"):
+            return
         assert self.store.stats().used_bytes <= CAPACITY
+        if not self.rebuilt and not self.store.stats().errors:
+            accounts = self.store._room.limits()[1]
+            assert accounts.get(b"tenant 2", Account()).used * PAGE <= QUOTA
 
     def teardown(self) -> None:
+        if not hasattr(self, "store"):
+            return
         self.faults.armed.clear()
         self.store.check(repair=True)
         report = self.store.check()

@@ -22,13 +22,14 @@ from kvlib.testing.records import make_record
 
 STORE = Super(bytes(range(16)), 8192)
 NAME = bytes(range(64))
-ENTRY = Entry(20000, 77, 0, (Extent(3, 5, 2), Extent(0, 9, 1)))
+ENTRY = Entry(20000, 77, 0, (Extent(3, 5, 2), Extent(0, 9, 1)), 1_700_000_000_123, b"tenant#1")
 
 
 def test_a_header_page_is_what_the_document_says():
     """Built here from the document's table alone."""
-    page = b"\x89KVSEG\r\n" + struct.pack("<HHI", 1, 2, 8192) + bytes(range(16)) + NAME
-    page += struct.pack("<QQ", 77, 20000) + struct.pack("<6I", 3, 5, 2, 0, 9, 1)
+    page = b"\x89KVSEG\r\n" + struct.pack("<HHI", 2, 2, 8192) + bytes(range(16)) + NAME
+    page += struct.pack("<QQQ", 77, 20000, 1_700_000_000_123) + b"tenant#1"
+    page += struct.pack("<6I", 3, 5, 2, 0, 9, 1)
     page += bytes(4088 - len(page))
     page += struct.pack("<Q", xxhash.xxh3_64_intdigest(page))
     assert pack_header(STORE, NAME, ENTRY) == page
@@ -54,8 +55,8 @@ def resealed(page: bytes) -> memoryview:
 def test_intact_pages_of_others_are_refused():
     """Another version, store, granule, or sizes that contradict each other."""
     page = pack_header(STORE, NAME, ENTRY)
-    with pytest.raises(IncompatibleDataError, match="version 2"):
-        parse_header_page(resealed(page[:8] + b"\2\0" + page[10:]), STORE)
+    with pytest.raises(IncompatibleDataError, match="version 3"):
+        parse_header_page(resealed(page[:8] + b"\3\0" + page[10:]), STORE)
     for other in (Super(bytes(16), 8192), Super(STORE.uuid, 4096)):
         with pytest.raises(CorruptDataError):
             parse_header_page(memoryview(page), other)
@@ -87,7 +88,7 @@ def test_every_flipped_bit_of_a_row_or_its_key_is_found():
 
 def test_super_is_what_the_document_says():
     """Four lines of text, the last one their checksum; every flipped bit is found."""
-    text = b"kvlib segment store 1\nuuid 000102030405060708090a0b0c0d0e0f\ngranule 8192\n"
+    text = b"kvlib segment store 2\nuuid 000102030405060708090a0b0c0d0e0f\ngranule 8192\n"
     whole = text + f"xxh3 {xxhash.xxh3_64_intdigest(text):016x}\n".encode()
     assert STORE.to_bytes() == whole
     assert Super.parse(whole, "SUPER") == STORE
@@ -110,7 +111,7 @@ def test_a_record_takes_whole_granules_with_its_header_page():
 def outsider(folder) -> dict[bytes, bytes]:
     """Everything in a closed store, read by docs/formats/segments.md without the index."""
     lines = (folder / "SUPER").read_text(encoding="ascii").splitlines(keepends=True)
-    assert lines[0] == "kvlib segment store 1\n"
+    assert lines[0] == "kvlib segment store 2\n"
     text = "".join(lines[:3]).encode()
     assert lines[3] == f"xxh3 {xxhash.xxh3_64_intdigest(text):016x}\n"
     uuid, granule = bytes.fromhex(lines[1].split()[1]), int(lines[2].split()[1])
@@ -125,9 +126,9 @@ def outsider(folder) -> dict[bytes, bytes]:
                 continue
             version, count, unit, store = struct.unpack_from("<HHI16s", page, 8)
             generation, size = struct.unpack_from("<QQ", page, 96)
-            extents = list(struct.iter_unpack("<III", page[112 : 112 + 12 * count]))
+            extents = list(struct.iter_unpack("<III", page[128 : 128 + 12 * count]))
             inside = all((f + n) * granule <= len(files.get(s, b"")) for s, f, n in extents)
-            if (version, unit, store) == (1, granule, uuid) and inside:
+            if (version, unit, store) == (2, granule, uuid) and inside:
                 assert extents[0][:2] == (number, first)
                 found.append((generation, page[32:96], size, extents))
     taken: set[tuple[int, int]] = set()

@@ -3,6 +3,7 @@
 
 import fcntl
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from kvlib.testing.tiers import read
 PAGE = 4096
 CAPACITY = 60 * PAGE
 TRIALS = int(os.environ.get("KVLIB_KILL_TRIALS", "500"))
+LOG = logging.getLogger(__name__)
 
 
 def whole(record) -> bytes:
@@ -33,6 +35,7 @@ def test_killed_users_leave_a_whole_store(tmp_path):
     or gone, the accounts add up, and those left alone went on.
     """
     report = kill_trials(tmp_path / "kv", TRIALS)
+    LOG.info("%s", report)
     assert report.failures == []
     assert report.trials == TRIALS
     assert report.killed > TRIALS // 2
@@ -290,7 +293,7 @@ def test_a_soak_leaks_nothing(tmp_path):
     records = [make_record(seed, size=200 * seed) for seed in range(200)]
     with SegmentStore(tmp_path / "kv", capacity=100 * 6 * PAGE) as store:
         started = time.monotonic()
-        warm = 0
+        warm = most = 0
         turn = 0
         while (now := time.monotonic()) < started + seconds:
             turn += 1
@@ -303,6 +306,13 @@ def test_a_soak_leaks_nothing(tmp_path):
                 assert read(store, record[0]) in (None, whole(record))
             if not warm and now > started + seconds / 5:
                 warm, files = resident(), len(os.listdir("/proc/self/fd"))
+            if turn % 10_000 == 0:
+                most = max(most, resident())
+        LOG.info(
+            "%d turns in %.0f s; resident %d KiB after a fifth, %d at the end, %d at most; "
+            "%d files open, %d at the end",
+            turn, seconds, warm, resident(), most, files, len(os.listdir("/proc/self/fd")),
+        )  # fmt: skip
         assert resident() - warm < 1024 * seconds / 60
         assert len(os.listdir("/proc/self/fd")) == files
         assert store.check().ok

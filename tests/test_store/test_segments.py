@@ -515,8 +515,8 @@ def test_foreign_folders_are_refused_and_left_alone(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "real")
     with pytest.raises(ConfigError, match="symbolic link"):
         SegmentStore(tmp_path / "link", capacity=MIB)
-    (tmp_path / "real" / "SUPER").write_text("kvlib segment store 2\nwhatever\n")
-    with pytest.raises(IncompatibleDataError, match="version b'2'"):
+    (tmp_path / "real" / "SUPER").write_text("kvlib segment store 1\nwhatever\n")
+    with pytest.raises(IncompatibleDataError, match="version b'1'"):
         SegmentStore(tmp_path / "real", capacity=MIB)
     (tmp_path / "real" / "SUPER").write_text("kvlib filestore 1\n")
     with pytest.raises(ConfigError, match="not a segment store's"):

@@ -79,10 +79,11 @@ class ReplacementState(Protocol[Key]):
         """A record was read; one that is not held is ignored, here and below."""
         ...
 
-    def touch(self, key: Key) -> None:
+    def touch(self, key: Key, hint: Hint | None = None) -> None:
         """A record was used last, by the same use that `hit` or `insert` has told of already.
 
-        It sets the order among the records of one prompt, and is not a second use.
+        It sets the order among the records of one prompt, and is not a second use. A hint replaces
+        what was known; one without `next_use` leaves the next use that was told before.
         """
         ...
 

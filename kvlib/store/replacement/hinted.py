@@ -218,18 +218,35 @@ class HintedState(Generic[Key]):
         if not foretold and not foretells:
             self._levels[record.priority].order.hit(key)
 
-    def touch(self, key: Key) -> None:
+    def touch(self, key: Key, hint: Hint | None = None) -> None:
         """See `ReplacementState.touch`."""
         record = self._records.get(key)
         if record is None:
             return
         self._records.move_to_end(key)
         record.used = self._clock()
+        if hint is not None and self._relearn(key, record, hint):
+            return
         level = self._levels[record.priority]
         if record.due is None:
             level.order.touch(key)
         else:
             level.furthest.set(key, -record.due)  # of equal ones, the one used last stays longest
+
+    def _relearn(self, key: Key, record: _Record, hint: Hint) -> bool:
+        """Take a hint that came without a use; whether the record changed its place for it."""
+        moves = hint.next_use is not None or hint.priority != record.priority
+        due = record.due
+        if moves:
+            self._take(key, record, evicted=False)
+        self._learn(record, hint)
+        if hint.next_use is None:
+            record.due = due
+        if moves:
+            self._place(key, record)
+        else:
+            self._set_expiry(key, record)
+        return moves
 
     def remove(self, key: Key, *, evicted: bool = False) -> None:
         """See `ReplacementState.remove`."""
