@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an operator writes into an engine's configuration, checked."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+from kvlib.codecs import build_codec
+from kvlib.errors import ConfigError
+from kvlib.store.sizes import parse_bytes
+from kvlib.store.store import KVStore
+
+__all__ = ["ConnectorConfig"]
+
+_SAVES = ("all", "prompt", "none")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectorConfig:
+    """The options of a connector; the names are those of `KVStore`.
+
+    Attributes:
+        path: folder of the store, shared by all engines of this machine; None keeps everything in
+            memory.
+        memory: capacity of the memory tier of each worker.
+        disk: capacity of the disk tier.
+        codec: method string.
+        salt: tenants with different salts share nothing.
+        model_id: identity of the weights, where they come from neither a hub nor a folder.
+        tier: see `KVStore`.
+        admission: see `KVStore`.
+        threads: see `KVStore`.
+        save: what is stored: ``all``, the ``prompt`` only, or ``none`` (a store that is only read).
+        min_tokens: prompts with less to gain are not looked up.
+        staging: bytes of host memory for blocks on their way in, and as much for those on their way
+            out.
+        deadline: seconds that a request waits for its prefix at most.
+    """
+
+    path: str | None = None
+    memory: int | str = "4GiB"
+    disk: int | str = "64GiB"
+    codec: str = "exact"
+    salt: str = ""
+    model_id: str | None = None
+    tier: str | None = None
+    admission: str = "always"
+    threads: int | None = None
+    save: str = "all"
+    min_tokens: int = 64
+    staging: int | str = "2GiB"
+    deadline: float = 10.0
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any]) -> Self:
+        """From an engine's JSON.
+
+        Raises:
+            ConfigError: an unknown name, or a value that cannot be.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in given:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else "."
+                raise ConfigError(
+                    f"unknown option {name!r} of the connector{hint} Known: {', '.join(known)}"
+                )
+        return cls(**given)
+
+    def __post_init__(self) -> None:
+        """Check what `KVStore` does not."""
+        if self.save not in _SAVES:
+            raise ConfigError(f"save={self.save!r}: expected {', '.join(_SAVES)}")
+        for name in ("deadline", "min_tokens"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+                raise ConfigError(f"{name}={value!r}: expected a number that is not negative")
+        for name in ("path", "salt", "codec"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and not (name == "path" and value is None):
+                raise ConfigError(f"{name}={value!r}: expected text")
+        for name in ("memory", "disk", "staging"):
+            parse_bytes(getattr(self, name), name)
+        build_codec(self.codec)
+
+    @property
+    def staging_bytes(self) -> int:
+        """`staging` as a number."""
+        return parse_bytes(self.staging, "staging")
+
+    def open_store(self) -> KVStore:
+        """The store.
+
+        Raises:
+            ConfigError: see `KVStore`.
+        """
+        return KVStore(
+            self.path,
+            memory=self.memory,
+            disk=self.disk,
+            codec=self.codec,
+            salt=self.salt,
+            threads=self.threads,
+            tier=self.tier,
+            admission=self.admission,
+            staging=self.staging,
+        )

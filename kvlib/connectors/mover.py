@@ -1,0 +1,470 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Moves blocks between an engine's pages and a store, in threads of its own.
+
+Three kinds of work, each named by a ticket (an engine's request): *staging* brings the stored
+prefix of a prompt, verified and decoded, into host memory; *loading* copies what is staged into
+pages; *saving* copies pages out and hands them to the store. No call waits for a device, a disk or
+a lock that is held meanwhile; what has become of the work is asked for afterwards. Nothing raises
+for a fault of a medium: what fails is staged as nothing, loaded as failed, or not stored.
+"""
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from kvlib.blocks import KVBlock
+from kvlib.keys import BLOCK_TOKENS, BlockKey
+from kvlib.spec import EXACT, KVSpec
+from kvlib.store.puts import Put
+from kvlib.store.replacement import Hint
+from kvlib.store.reports import Loaded
+from kvlib.store.store import KVStore
+from kvlib.threads import one_torch_thread
+
+__all__ = ["Mover", "PagedMemory", "Save", "Staged"]
+
+Saving: TypeAlias = "Future[Put | None]"
+
+_LOG = logging.getLogger(__name__)
+
+
+class PagedMemory(Protocol):
+    """An engine's cache as a `Mover` sees it; `kvlib.connectors.layouts.Pages` is one.
+
+    Attributes:
+        views: a tensor of each layer, where the engine keeps it.
+        page_tokens: tokens of a page.
+    """
+
+    views: list[Tensor]
+    page_tokens: int
+
+    @property
+    def num_layers(self) -> int:
+        """Layers."""
+        ...
+
+    def read_layer(self, layer: int, pages: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [H, tokens, D] of some pages of a layer, as copies on the CPU."""
+        ...
+
+    def write_layer(self, layer: int, pages: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Put keys and values [H, tokens, D] into pages of a layer."""
+        ...
+
+
+class Staged(NamedTuple):
+    """What staging came to.
+
+    Attributes:
+        num_blocks: leading blocks of the prompt that are there: stored, or before `first`.
+        fidelity: the lowest among them.
+    """
+
+    num_blocks: int
+    fidelity: str = EXACT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Save:
+    """Blocks of a prompt that lie complete in an engine's pages.
+
+    Attributes:
+        ticket: whose they are.
+        keys: of all blocks from the start of the prompt to the last one to be stored.
+        first: the first block to be stored.
+        pages: ids of the pages of the prompt from `first_page` on.
+        first_page: the page that the first block begins in, counted from the start of the prompt.
+        fidelity: of what the blocks were computed from.
+        hint: what is known of their next use.
+    """
+
+    ticket: str
+    keys: Sequence[BlockKey]
+    first: int
+    pages: Sequence[int] | Tensor
+    first_page: int
+    fidelity: str = EXACT
+    hint: Hint | None = None
+
+
+@dataclass(slots=True)
+class _Ticket:
+    """What is under way for one request."""
+
+    staging: Future[None] | None = None
+    staged: Staged | None = None
+    block: KVBlock | None = None
+    reserved: int = 0
+    dropped: bool = False
+    saves: list[Saving] = field(default_factory=list)
+
+    @property
+    def is_saving(self) -> bool:
+        return any(not task.done() for task in self.saves)
+
+
+class Mover:
+    """See the module.
+
+    Args:
+        store: where blocks live.
+        spec: what the numbers mean.
+        pages: the engine's memory.
+        staging: bytes of host memory for what is staged.
+        stagers: prefixes that are staged at a time.
+    """
+
+    def __init__(
+        self,
+        store: KVStore,
+        spec: KVSpec,
+        pages: PagedMemory,
+        *,
+        staging: int,
+        stagers: int = 2,
+    ) -> None:
+        self.store = store
+        self._spec = spec
+        self.pages = pages
+        self._capacity = staging
+        self._reserved = 0
+        self._room = threading.Condition()
+        self._tickets: dict[str, _Ticket] = {}
+        self._loaded: deque[tuple[str, tuple[int, ...]]] = deque()
+        self._storing: dict[BlockKey, Saving] = {}  # by their first blocks
+        self._over: set[str] = set()  # requests that ended while they were being saved
+        self._closed = False
+        self._stagers = ThreadPoolExecutor(stagers, "kvlib-stage", one_torch_thread)
+        self._copier = ThreadPoolExecutor(1, "kvlib-copy", one_torch_thread)
+        self.counts: Counter[str] = Counter()
+
+    def count(self, **more: int) -> None:
+        """Add to the counters."""
+        with self._room:
+            self.counts.update(more)
+
+    # -- staging
+
+    def stage(self, ticket: str, keys: Sequence[BlockKey], first: int, deadline: float) -> None:
+        """Begin to bring the stored blocks of a prompt into host memory.
+
+        Args:
+            ticket: a request that has nothing under way; what was staged for it is dropped.
+            keys: of the prompt's blocks, from its start.
+            first: the first block that is needed.
+            deadline: `time.monotonic()` at which to be content with what has arrived.
+        """
+        self.release(ticket)
+        with self._room:
+            old = self._tickets.get(ticket)
+            mine = self._tickets[ticket] = _Ticket(saves=old.saves if old else [])
+        mine.staging = self._stagers.submit(self._stage, mine, keys, first, deadline)
+
+    def _stage(self, mine: _Ticket, keys: Sequence[BlockKey], first: int, deadline: float) -> None:
+        staged = Staged(0)
+        begun = time.perf_counter()
+        try:
+            self._settle(keys, deadline)
+            found = self.store.match(self._spec, keys)
+            size = (found - first) * BLOCK_TOKENS * self._spec.bytes_per_token()
+            if found > first and self._reserve(mine, size, deadline):
+                loaded = self.store.load(self._spec, keys, start=first, deadline=deadline)
+                staged = self._keep(mine, loaded, first)
+        except Exception:  # noqa: BLE001 (whatever it is, it is a miss)
+            _LOG.exception("staging failed")
+            self.count(stage_errors=1)
+        finally:
+            with self._room:
+                mine.staged = staged
+                if mine.block is None:
+                    self._give_back(mine)
+            if staged.num_blocks:
+                taken = int((time.perf_counter() - begun) * 1e6)
+                self.count(staged_blocks=staged.num_blocks - first, stage_us=taken)
+
+    def _settle(self, keys: Sequence[BlockKey], deadline: float) -> None:
+        """Wait for what is being stored of a prompt at this moment."""
+        with self._room:
+            self._storing = {key: task for key, task in self._storing.items() if not _is_over(task)}
+            tasks = [self._storing[key] for key in keys if key in self._storing]
+        for task in tasks:
+            with suppress(TimeoutError, CancelledError):
+                put = task.result(max(0.0, deadline - time.monotonic()))
+                if put is not None:
+                    put.result(max(0.0, deadline - time.monotonic()))
+
+    def _keep(self, mine: _Ticket, loaded: Loaded, first: int) -> Staged:
+        """Hold on to what arrived, unless nobody wants it any more."""
+        block = loaded.block
+        if block is None or block.start > first * BLOCK_TOKENS:
+            return Staged(0)
+        with self._room:
+            if mine.dropped:
+                return Staged(0)
+            mine.block = block
+        self.count(staged_bytes=block.nbytes, stored_bytes_read=loaded.stored_bytes)
+        return Staged(block.stop // BLOCK_TOKENS, loaded.fidelity)
+
+    def _reserve(self, mine: _Ticket, size: int, deadline: float) -> bool:
+        """Wait for room; whether there is."""
+        with self._room:
+            if size > self._capacity:
+                self.counts["staging_full"] += 1
+                return False
+            while self._reserved + size > self._capacity:
+                left = deadline - time.monotonic()
+                if left <= 0 or mine.dropped or self._closed:
+                    self.counts["staging_full"] += 1
+                    return False
+                self._room.wait(min(left, 1.0))
+            if mine.dropped:
+                return False
+            self._reserved += size
+            mine.reserved = size
+            return True
+
+    def _give_back(self, mine: _Ticket) -> None:
+        """The lock is held."""
+        if mine.reserved:
+            self._reserved -= mine.reserved
+            mine.reserved = 0
+            self._room.notify_all()
+
+    def staged(self, ticket: str) -> Staged | None:
+        """What staging came to; None while it is under way or was never begun."""
+        mine = self._tickets.get(ticket)
+        return None if mine is None else mine.staged
+
+    def wait_staged(self, ticket: str, seconds: float) -> Staged | None:
+        """What staging came to, after waiting a while for it; None if it is still under way."""
+        mine = self._tickets.get(ticket)
+        if mine is not None and mine.staging is not None:
+            wait([mine.staging], max(seconds, 0.0))
+        return self.staged(ticket)
+
+    def is_staging(self, ticket: str) -> bool:
+        """Whether something is being staged for a request."""
+        mine = self._tickets.get(ticket)
+        return mine is not None and mine.staging is not None and not mine.staging.done()
+
+    def staged_block(self, ticket: str) -> KVBlock | None:
+        """What is staged for a request, for those who fill pages themselves."""
+        mine = self._tickets.get(ticket)
+        return None if mine is None else mine.block
+
+    def release(self, ticket: str) -> None:
+        """Drop what is staged, or will be, for a request."""
+        with self._room:
+            mine = self._tickets.get(ticket)
+            if mine is None:
+                return
+            mine.dropped = True
+            if mine.block is not None:
+                mine.block = None
+                self._give_back(mine)
+            mine.staged = None
+            self._tickets[ticket] = _Ticket(saves=mine.saves)
+        if mine.staging is not None:
+            mine.staging.cancel()
+
+    def forget(self, ticket: str) -> None:
+        """A request is over; what is being saved of it goes on."""
+        self.release(ticket)
+        with self._room:
+            mine = self._tickets.get(ticket)
+            if mine is not None and mine.is_saving:
+                self._over.add(ticket)
+            else:
+                self._tickets.pop(ticket, None)
+
+    # -- loading
+
+    def load(self, ticket: str, pages: Sequence[int], first_token: int) -> None:
+        """Begin to copy what is staged into pages.
+
+        Args:
+            ticket: a request for which `staged` has given blocks.
+            pages: to be filled whole.
+            first_token: of the first page, counted from the start of the prompt.
+        """
+        self._copier.submit(self._load, ticket, tuple(pages), first_token)
+
+    def _load(self, ticket: str, pages: tuple[int, ...], first_token: int) -> None:
+        failed = pages
+        begun = time.perf_counter()
+        try:
+            with self._room:
+                mine = self._tickets.get(ticket)
+                block = None if mine is None else mine.block
+            size = self.pages.page_tokens
+            last = first_token + len(pages) * size
+            if block is not None and block.start <= first_token and last <= block.stop:
+                ids = torch.tensor(pages)
+                part = block.slice(first_token, last)
+                for layer in part.layers:
+                    self.pages.write_layer(layer.layer_idx, ids, layer.keys, layer.values)
+                self._synchronize()
+                failed = ()
+            else:
+                _LOG.error("nothing is staged for the pages of request %s", ticket)
+        except Exception:  # noqa: BLE001 (the engine computes the pages again)
+            _LOG.exception("loading into pages failed")
+        finally:
+            self.count(
+                **(
+                    {"load_errors": 1}
+                    if failed
+                    else {
+                        "loaded_tokens": len(pages) * self.pages.page_tokens,
+                        "load_us": int((time.perf_counter() - begun) * 1e6),
+                    }
+                )
+            )
+            self.release(ticket)
+            self._loaded.append((ticket, failed))
+
+    def _synchronize(self) -> None:
+        if self.pages.views[0].is_cuda:
+            torch.cuda.current_stream(self.pages.views[0].device).synchronize()
+
+    def loaded(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Loads that ended since the last call, and the pages that were not filled."""
+        out = []
+        while self._loaded:
+            out.append(self._loaded.popleft())
+        return out
+
+    # -- saving
+
+    def save(self, save: Save, ready: Callable[[], None] | None = None) -> Saving:
+        """Begin to copy blocks out of pages and to store them.
+
+        Args:
+            save: what. The pages must stay as they are until `is_saving` says no.
+            ready: waits until the device has computed what lies in them; None if it has.
+
+        Returns:
+            Done when the pages are copied out (then it has what the store does with the copy), or
+            given up (None).
+        """
+        with self._room:
+            mine = self._tickets.setdefault(save.ticket, _Ticket())
+            mine.saves = [task for task in mine.saves if not task.done()]
+            if self._closed:
+                dropped: Saving = Future()
+                dropped.set_result(None)
+                return dropped
+            task = self._copier.submit(self._save, save, ready)
+            mine.saves.append(task)
+            self._storing[save.keys[save.first]] = task
+            return task
+
+    def _save(self, save: Save, ready: Callable[[], None] | None) -> Put | None:
+        begun = time.perf_counter()
+        blocks = len(save.keys) - save.first
+        try:
+            size = blocks * BLOCK_TOKENS * self._spec.bytes_per_token()
+            if self.store.staging_left < size:  # only this thread takes of it
+                self.count(save_drops=blocks)
+                return None
+            if ready is not None:
+                ready()
+            block = self._copy_out(save)
+            taken = int((time.perf_counter() - begun) * 1e6)
+            self.count(saved_tokens=block.num_tokens, save_us=taken)
+            return self.store.put_async(
+                self._spec,
+                save.keys,
+                block,
+                fidelity=save.fidelity,
+                copy=False,
+                hint=save.hint,
+            )
+        except Exception:  # noqa: BLE001 (a later miss)
+            _LOG.exception("saving failed")
+            self.count(save_errors=1, save_drops=blocks)
+            return None
+
+    def _copy_out(self, save: Save) -> KVBlock:
+        size = self.pages.page_tokens
+        start, stop = save.first * BLOCK_TOKENS, len(save.keys) * BLOCK_TOKENS
+        begin = save.first_page * size
+        ids = torch.as_tensor(save.pages)
+        cut = slice(start - begin, stop - begin)
+        layers: list[tuple[Tensor, Tensor]] = []
+        for layer in range(self.pages.num_layers):
+            keys, values = self.pages.read_layer(layer, ids)
+            layers.append((keys[:, cut], values[:, cut]))
+        return KVBlock.dense(self._spec, layers, start=start)
+
+    def is_saving(self, ticket: str) -> bool:
+        """Whether pages of a request are still to be copied out."""
+        with self._room:
+            mine = self._tickets.get(ticket)
+            if mine is not None and mine.is_saving:
+                return True
+            if ticket in self._over:
+                self._over.discard(ticket)
+                self._tickets.pop(ticket, None)
+            return False
+
+    def stop_saving(self, tickets: Iterable[str]) -> None:
+        """Pages are about to be taken away: give up what has not begun, wait for what has.
+
+        What is waited for is a copy in memory, never a disk.
+        """
+        running = []
+        for ticket in tickets:
+            mine = self._tickets.get(ticket)
+            for task in mine.saves if mine is not None else ():
+                if task.cancel():
+                    self.count(save_drops=1)
+                else:
+                    running.append(task)
+        wait(running)
+
+    def wait_saved(self, ticket: str, seconds: float) -> bool:
+        """Wait a moment until the pages of a request are copied out; whether they are."""
+        mine = self._tickets.get(ticket)
+        return mine is None or not wait(mine.saves, seconds).not_done
+
+    # -- the end
+
+    def quiesce(self) -> None:
+        """Let go of all pages: wait until they are copied out, and drop what is staged."""
+        with self._room:
+            tickets = dict(self._tickets)
+        wait([task for mine in tickets.values() for task in mine.saves])
+        for ticket in tickets:
+            self.forget(ticket)
+
+    def close(self) -> None:
+        """Finish what is being saved, drop the rest, and close the store."""
+        with self._room:
+            if self._closed:
+                return
+            self._closed = True
+            for mine in self._tickets.values():
+                mine.dropped = True
+            self._room.notify_all()
+        self._stagers.shutdown(wait=True, cancel_futures=True)
+        self._copier.shutdown(wait=True)
+        self.store.close()
+
+
+def _is_over(task: Saving) -> bool:
+    """Whether a save was stored, or will never be."""
+    if not task.done():
+        return False
+    put = None if task.cancelled() else task.result()
+    return put is None or put.done()
