@@ -15,6 +15,7 @@ from kvlib.calibration.cli import app as calibrate_app
 from kvlib.codec_bench.cli import codec as bench_codec
 from kvlib.codec_cli import app as codec_app
 from kvlib.connectors.cli import connectors, doctor, why_miss
+from kvlib.engine_bench.cli import engines as bench_engines
 from kvlib.errors import KVLibError
 from kvlib.evals.cli import app as eval_app
 from kvlib.store_bench.disk_cli import store as bench_store
@@ -37,6 +38,7 @@ bench_app = typer.Typer(
 bench_app.command("codec")(bench_codec)
 bench_app.command("store")(bench_store)
 bench_app.command("replay")(bench_replay)
+bench_app.command("engines")(bench_engines)
 app.add_typer(bench_app, name="bench")
 app.add_typer(codec_app, name="codec")
 app.add_typer(store_app, name="store")

@@ -273,6 +273,7 @@ FLOORS = (
         "codec_cli",
         "connectors",
         "demo",
+        "engine_bench",
         "evals",
         "kvlib",
         "machine",

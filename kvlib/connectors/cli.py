@@ -134,8 +134,7 @@ def sglang(
             "module_path": "kvlib.connectors.sglang_hicache",
             "class_name": "KvlibHiCacheStorage",
             "interface_v1": True,
-            "path": where,
-            "disk": disk,
+            "kvlib": {"path": where, "disk": disk},
         }
         console.print(
             "--enable-hierarchical-cache --hicache-storage-backend dynamic "

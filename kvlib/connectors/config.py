@@ -90,8 +90,11 @@ class ConnectorConfig:
         """`staging` as a number."""
         return parse_bytes(self.staging, "staging")
 
-    def open_store(self) -> KVStore:
+    def open_store(self, head_range: tuple[int, int] | None = None) -> KVStore:
         """The store.
+
+        Args:
+            head_range: see `KVStore`.
 
         Raises:
             ConfigError: see `KVStore`.
@@ -106,4 +109,5 @@ class ConnectorConfig:
             tier=self.tier,
             admission=self.admission,
             staging=self.staging,
+            head_range=head_range,
         )

@@ -42,6 +42,8 @@ class RequestState:
         loading: staged blocks are on their way into pages.
         saved: leading blocks that are stored, or about to be, or not to be stored.
         fidelity: of the blocks computed from now on.
+        scheduled: tokens that were to be computed so far, over all steps.
+        planned: what that was with the last step behind which blocks are stored.
     """
 
     ticket: str
@@ -58,6 +60,8 @@ class RequestState:
     loading: bool = False
     saved: int = 0
     fidelity: str = EXACT
+    scheduled: int = 0
+    planned: int = 0
 
     def keys_for(self, tokens: Sequence[int], blocks: int) -> list[BlockKey]:
         """Keys of the first `blocks` whole blocks of `tokens`."""
@@ -178,9 +182,16 @@ class Ledger:
             self._exact.pop(key, None)
 
     def restart(self, state: RequestState) -> None:
-        """A request lost its pages: it will ask again."""
+        """If a request asks once more, it is a new question."""
         state.asked = state.loading = False
         state.staged = None
+
+    def preempted(self, state: RequestState) -> None:
+        """A request lost its pages, and with them what was to be copied out of them."""
+        if not state.loading:
+            state.saved = 0
+            for key in state.keys:
+                self._stored.pop(key, None)
 
     # -- what to store
 

@@ -13,7 +13,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, TypeAlias
@@ -22,8 +22,10 @@ import torch
 from torch import Tensor
 
 from kvlib.blocks import KVBlock
+from kvlib.connectors.counters import COUNTERS
 from kvlib.keys import BLOCK_TOKENS, BlockKey
 from kvlib.spec import EXACT, KVSpec
+from kvlib.store.heads import local_spec
 from kvlib.store.puts import Put
 from kvlib.store.replacement import Hint
 from kvlib.store.reports import Loaded
@@ -35,6 +37,8 @@ __all__ = ["Mover", "PagedMemory", "Save", "Staged"]
 Saving: TypeAlias = "Future[Put | None]"
 
 _LOG = logging.getLogger(__name__)
+
+_PRUNE = 256
 
 
 class PagedMemory(Protocol):
@@ -68,10 +72,12 @@ class Staged(NamedTuple):
     Attributes:
         num_blocks: leading blocks of the prompt that are there: stored, or before `first`.
         fidelity: the lowest among them.
+        crowded: there was no room for more, which there will be (never where a `Mover` waits).
     """
 
     num_blocks: int
     fidelity: str = EXACT
+    crowded: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,11 +123,13 @@ class Mover:
     """See the module.
 
     Args:
-        store: where blocks live.
+        store: where blocks live; its head range is what the pages hold.
         spec: what the numbers mean.
         pages: the engine's memory.
         staging: bytes of host memory for what is staged.
         stagers: prefixes that are staged at a time.
+        waits_for_room: for what is staged already to be loaded; False where it is not loaded
+            before the caller has an answer.
     """
 
     def __init__(
@@ -132,21 +140,27 @@ class Mover:
         *,
         staging: int,
         stagers: int = 2,
+        waits_for_room: bool = True,
     ) -> None:
         self.store = store
         self._spec = spec
+        local = local_spec(spec, store.head_range)
+        self._block_bytes = BLOCK_TOKENS * local.bytes_per_token()
         self.pages = pages
         self._capacity = staging
+        self._waits_for_room = waits_for_room
         self._reserved = 0
         self._room = threading.Condition()
         self._tickets: dict[str, _Ticket] = {}
         self._loaded: deque[tuple[str, tuple[int, ...]]] = deque()
         self._storing: dict[BlockKey, Saving] = {}  # by their first blocks
+        self._prune_at = _PRUNE
         self._over: set[str] = set()  # requests that ended while they were being saved
         self._closed = False
         self._stagers = ThreadPoolExecutor(stagers, "kvlib-stage", one_torch_thread)
         self._copier = ThreadPoolExecutor(1, "kvlib-copy", one_torch_thread)
-        self.counts: Counter[str] = Counter()
+        # All names from the start: others add up the counters while they change.
+        self.counts: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
 
     def count(self, **more: int) -> None:
         """Add to the counters."""
@@ -175,11 +189,18 @@ class Mover:
         begun = time.perf_counter()
         try:
             self._settle(keys, deadline)
-            found = self.store.match(self._spec, keys)
-            size = (found - first) * BLOCK_TOKENS * self._spec.bytes_per_token()
-            if found > first and self._reserve(mine, size, deadline):
-                loaded = self.store.load(self._spec, keys, start=first, deadline=deadline)
-                staged = self._keep(mine, loaded, first)
+            # Of a prompt longer than there is ever room for: its beginning.
+            most = first + self._capacity // self._block_bytes
+            found = min(self.store.match(self._spec, keys), most)
+            size = (found - first) * self._block_bytes
+            if found > first:
+                if self._reserve(mine, size, deadline):
+                    loaded = self.store.load(
+                        self._spec, keys[:found], start=first, deadline=deadline
+                    )
+                    staged = self._keep(mine, loaded, first)
+                else:
+                    staged = Staged(0, crowded=not self._waits_for_room)
         except Exception:  # noqa: BLE001 (whatever it is, it is a miss)
             _LOG.exception("staging failed")
             self.count(stage_errors=1)
@@ -195,13 +216,18 @@ class Mover:
     def _settle(self, keys: Sequence[BlockKey], deadline: float) -> None:
         """Wait for what is being stored of a prompt at this moment."""
         with self._room:
-            self._storing = {key: task for key, task in self._storing.items() if not _is_over(task)}
+            self._prune()
             tasks = [self._storing[key] for key in keys if key in self._storing]
         for task in tasks:
-            with suppress(TimeoutError, CancelledError):
+            with suppress(Exception):  # whatever came of it, what is stored is found
                 put = task.result(max(0.0, deadline - time.monotonic()))
                 if put is not None:
                     put.result(max(0.0, deadline - time.monotonic()))
+
+    def _prune(self) -> None:
+        """Forget what was stored. The lock is held."""
+        self._storing = {key: task for key, task in self._storing.items() if not _is_over(task)}
+        self._prune_at = max(2 * len(self._storing), _PRUNE)
 
     def _keep(self, mine: _Ticket, loaded: Loaded, first: int) -> Staged:
         """Hold on to what arrived, unless nobody wants it any more."""
@@ -216,11 +242,10 @@ class Mover:
         return Staged(block.stop // BLOCK_TOKENS, loaded.fidelity)
 
     def _reserve(self, mine: _Ticket, size: int, deadline: float) -> bool:
-        """Wait for room; whether there is."""
+        """Take room, or wait for it; whether there is."""
         with self._room:
-            if size > self._capacity:
-                self.counts["staging_full"] += 1
-                return False
+            if not self._waits_for_room:
+                deadline = 0.0
             while self._reserved + size > self._capacity:
                 left = deadline - time.monotonic()
                 if left <= 0 or mine.dropped or self._closed:
@@ -297,7 +322,10 @@ class Mover:
             pages: to be filled whole.
             first_token: of the first page, counted from the start of the prompt.
         """
-        self._copier.submit(self._load, ticket, tuple(pages), first_token)
+        try:
+            self._copier.submit(self._load, ticket, tuple(pages), first_token)
+        except RuntimeError:  # it is closed, or there are no threads; whoever waits must hear of it
+            self._loaded.append((ticket, tuple(pages)))
 
     def _load(self, ticket: str, pages: tuple[int, ...], first_token: int) -> None:
         failed = pages
@@ -366,6 +394,8 @@ class Mover:
                 return dropped
             task = self._copier.submit(self._save, save, ready)
             mine.saves.append(task)
+            if len(self._storing) >= self._prune_at:
+                self._prune()
             self._storing[save.keys[save.first]] = task
             return task
 
@@ -373,7 +403,7 @@ class Mover:
         begun = time.perf_counter()
         blocks = len(save.keys) - save.first
         try:
-            size = blocks * BLOCK_TOKENS * self._spec.bytes_per_token()
+            size = blocks * self._block_bytes
             if self.store.staging_left < size:  # only this thread takes of it
                 self.count(save_drops=blocks)
                 return None

@@ -144,6 +144,7 @@ class KvlibConnector(KVConnectorBase_V1):  # type: ignore[misc]
         """Requests whose pages are copied out, and whose are filled (or failed)."""
         return (None, None) if self.worker is None else self.worker.finished(finished_req_ids)
 
+    @_guarded(set)
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Pages that were not filled."""
         return set() if self.worker is None else self.worker.failed()
@@ -205,6 +206,7 @@ class KvlibConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     # -- in both
 
+    @_guarded(lambda: None)
     def get_kv_connector_stats(self) -> KvlibStats | None:
         """Counters since the last call."""
         now = self.counts + (Counter() if self.worker is None else self.worker.mover.counts)
@@ -217,4 +219,4 @@ class KvlibConnector(KVConnectorBase_V1):  # type: ignore[misc]
         """Finish what is being stored, and close the store."""
         if self.worker is not None:
             worker, self.worker = self.worker, None
-            worker.mover.close()
+            worker.close()

@@ -8,9 +8,11 @@ from typing import Any
 
 from kvlib.codecs import build_codec
 from kvlib.connectors.config import ConnectorConfig
+from kvlib.connectors.identity import rank_heads
 from kvlib.errors import ConfigError, EngineVersionError
 from kvlib.model_spec import model_id_text, origin_identity, spec_for_config
 from kvlib.spec import DTYPES, KVSpec, LayerKind
+from kvlib.store.heads import check_model
 
 __all__ = ["VERSIONS", "check_config", "check_version", "is_supported", "spec_of"]
 
@@ -77,13 +79,10 @@ def check_config(vllm_config: Any, kv_cache_config: Any, config: ConnectorConfig
             f"kv_cache_dtype={cache!r}: the scales of quantized caches do not travel with blocks. "
             f"Use kv_cache_dtype=auto and let kvlib's codec make blocks small, or {tier}"
         )
-    tensor = parallel.tensor_parallel_size
-    codec = build_codec(config.codec)
-    if tensor > 1 and not codec.lossless and codec.caps(spec_of(vllm_config, config)).mixes_heads:
-        raise ConfigError(
-            f"codec {config.codec!r} mixes heads, which {tensor} tensor-parallel ranks have not "
-            "together; use exact, fp8, int8, kivi or hadamard"
-        )
+    ranks = parallel.tensor_parallel_size
+    if ranks > 1:
+        spec = spec_of(vllm_config, config)
+        check_model(spec, [build_codec(config.codec)], rank_heads(spec, 0, ranks)[0])
 
 
 def _dtype(vllm_config: Any) -> str:

@@ -4,15 +4,18 @@
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import count
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
+
+from vllm import envs
 
 from kvlib.codecs import build_codec
 from kvlib.codecs.base import describe_codec
 from kvlib.connectors.config import ConnectorConfig
 from kvlib.connectors.ledger import Ledger, RequestState
 from kvlib.connectors.mover import Mover, Staged
-from kvlib.connectors.vllm_meta import KvlibMetadata
+from kvlib.connectors.vllm_meta import Answer, KvlibMetadata
 from kvlib.connectors.vllm_worker import mover_of
 from kvlib.keys import BLOCK_TOKENS
 from kvlib.spec import KVSpec
@@ -49,6 +52,12 @@ class SchedulerHalf:
         self._engine = str(transfer.engine_id)
         self._world = vllm_config.parallel_config.world_size
         self._deadline_s = config.deadline
+        # An engine core in a process of its own makes a step as soon as pages are to be freed; one
+        # that its caller drives may not make another for long. On a CPU a step takes longer than
+        # the copy that is waited for, and the engine's cache can be reset right after the answer.
+        alone = envs.VLLM_ENABLE_V1_MULTIPROCESSING
+        slow = vllm_config.device_config.device_type == "cpu"
+        self._patience_s = _FINISH_WAIT_S if slow or not alone else 0.0
         self._read = transfer.is_kv_consumer
         self._write = transfer.is_kv_producer
         codec = build_codec(config.codec)
@@ -65,7 +74,10 @@ class SchedulerHalf:
         self._requests: dict[str, Any] = {}
         self._outbox = KvlibMetadata()
         self._answers: dict[str, Staged] = {}
-        self._partial: dict[str, tuple[int, str, int]] = {}  # not all ranks have answered
+        self._questions: dict[str, int] = {}  # the last one of each request
+        self._partial: dict[str, Answer] = {}  # not all ranks have answered
+        self._numbers = count()
+        self._pages: dict[str, tuple[int, ...]] = {}  # that are being loaded
 
     @property
     def _peer(self) -> Mover | None:
@@ -84,7 +96,8 @@ class SchedulerHalf:
                 and request.pooling_params is None
                 and not request.resumable
             )
-            hints = (request.kv_transfer_params or {}).get("kvlib") or {}
+            hints = (request.kv_transfer_params or {}).get("kvlib")
+            hints = hints if isinstance(hints, dict) else {}
             state = self.ledger.begin(
                 ticket,
                 cache_salt=request.cache_salt,
@@ -104,11 +117,7 @@ class SchedulerHalf:
         state = self.state(request)
         if state.loading:
             return 0, False
-        if (
-            state.asked
-            and num_computed_tokens < state.first * BLOCK_TOKENS
-            and state.staged is not None
-        ):
+        if state.asked and num_computed_tokens < state.first * BLOCK_TOKENS:
             self._release(state)  # the engine lost some of what it had: ask for more
             self.ledger.restart(state)
         if not state.asked:
@@ -138,8 +147,11 @@ class SchedulerHalf:
         if peer is not None:
             peer.stage(state.ticket, keys, state.first, state.deadline)
         else:
-            self._answers.pop(state.ticket, None)
-            self._outbox.stages.append((state.ticket, tuple(keys), state.first, self._deadline_s))
+            self._forget_answer(state.ticket)
+            number = self._questions[state.ticket] = next(self._numbers)
+            self._outbox.stages.append(
+                (state.ticket, number, tuple(keys), state.first, self._deadline_s)
+            )
 
     def _answer(self, state: RequestState) -> Staged | None:
         peer = self._peer
@@ -155,8 +167,14 @@ class SchedulerHalf:
         if peer is not None:
             peer.release(state.ticket)
         else:
-            self._answers.pop(state.ticket, None)
+            self._forget_answer(state.ticket)
             self._outbox.releases.append(state.ticket)
+
+    def _forget_answer(self, ticket: str) -> None:
+        """Of workers that live elsewhere: also one that is still on its way."""
+        self._answers.pop(ticket, None)
+        self._partial.pop(ticket, None)
+        self._questions.pop(ticket, None)
 
     def allocated(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """The engine takes what was offered, or leaves it."""
@@ -168,9 +186,11 @@ class SchedulerHalf:
             size = self.ledger.page_tokens
             first = state.local_tokens // size
             pages = blocks.get_block_ids()[0][first : first + num_external_tokens // size]
+            self._pages[state.ticket] = tuple(pages)
             self._outbox.loads.append((state.ticket, tuple(pages), state.local_tokens))
         elif state.asked:
             self._release(state)
+            self.ledger.restart(state)  # should it ever ask again, it has lost its pages
 
     def meta(self) -> KvlibMetadata:
         """What the workers are to do in this step."""
@@ -183,7 +203,7 @@ class SchedulerHalf:
             self._outbox.preempted.append(ticket)
             state = self.ledger.requests.get(ticket)
             if state is not None:
-                self.ledger.restart(state)
+                self.ledger.preempted(state)
         computed = {new.req_id: new.num_computed_tokens for new in scheduled.scheduled_new_reqs}
         cached = scheduled.scheduled_cached_reqs
         computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
@@ -192,6 +212,7 @@ class SchedulerHalf:
             state = self.ledger.requests.get(ticket)
             if request is None or state is None or ticket not in computed:
                 continue
+            state.scheduled += tokens
             due = self.ledger.due(
                 state,
                 request.all_token_ids,
@@ -199,6 +220,7 @@ class SchedulerHalf:
                 prompt_tokens=request.num_prompt_tokens,
             )
             if due is not None:
+                state.planned = state.scheduled
                 pages = scheduled.kv_connector_block_state.get_block_ids(ticket)[0]
                 self._outbox.saves.append(self.ledger.save(state, due, pages, self._fidelity))
 
@@ -206,22 +228,24 @@ class SchedulerHalf:
         """What became of stages and loads."""
         meta = connector_output.kv_connector_worker_meta
         if meta is not None:
-            for ticket, (blocks, fidelity, ranks) in meta.staged.items():
-                known = self._partial.pop(ticket, None)
-                if known is not None:
-                    blocks, fidelity = min((known[0], known[1]), (blocks, fidelity))
-                    ranks += known[2]
-                if ranks >= self._world:
-                    self._answers[ticket] = Staged(blocks, fidelity)
-                else:
-                    self._partial[ticket] = (blocks, fidelity, ranks)
+            for (ticket, number), answer in meta.staged.items():
+                if self._questions.get(ticket) != number:
+                    continue  # nobody waits for it any more
+                known = self._partial[ticket] = answer.join(self._partial.get(ticket))
+                if known.ranks >= self._world:
+                    self._forget_answer(ticket)
+                    self._answers[ticket] = Staged(known.num_blocks, known.fidelity)
+        invalid = set(connector_output.invalid_block_ids or ())  # perhaps not of the last rank
+        for ticket, pages in self._pages.items():
+            state = self.ledger.requests.get(ticket)
+            if state is not None and not invalid.isdisjoint(pages):
+                state.read = False
         for ticket in connector_output.finished_recving or ():
+            self._pages.pop(ticket, None)
             state = self.ledger.requests.get(ticket)
             if state is not None:
-                state.loading = False
-                state.staged = None
-                if connector_output.invalid_block_ids:
-                    state.read = False
+                self._forget_answer(ticket)
+                self.ledger.restart(state)  # should it ever ask again, it has lost its pages
 
     def finished(self, request: Any, block_ids: Sequence[int]) -> bool:
         """Store what is left of a request; whether its pages must be kept until that is done."""
@@ -239,15 +263,19 @@ class SchedulerHalf:
         )
         self.ledger.end(ticket)
         self._requests.pop(ticket, None)
-        self._answers.pop(ticket, None)
-        self._partial.pop(ticket, None)
+        self._forget_answer(ticket)
+        self._pages.pop(ticket, None)
         if due is not None:
             save = self.ledger.save(state, due, block_ids, self._fidelity)
             if peer is not None:
                 peer.save(save)
             else:
                 self._outbox.saves.append(save)
-        if peer is not None and peer.wait_saved(ticket, _FINISH_WAIT_S):
+        if state.loading:
+            return False  # vLLM keeps the pages until it hears of that
+        # With overlapping steps, a step that is still to come in the worker may begin to save.
+        coming = state.planned > state.scheduled - request.num_in_flight_tokens
+        if peer is not None and not coming and peer.wait_saved(ticket, self._patience_s):
             return False
         if peer is None and not state.saved:
             return False
@@ -257,5 +285,9 @@ class SchedulerHalf:
     def renew(self) -> None:
         """Make all that is stored unreachable for this engine, as after a change of weights."""
         spec = self.ledger.spec
+        for state in self.ledger.requests.values():
+            if state.asked and not state.loading:
+                self._release(state)  # of the old weights
+                self.ledger.restart(state)
         self.ledger.renew(replace(spec, model_id=f"{spec.model_id}#reset:{uuid4().hex}"))
         self.counts["resets"] += 1

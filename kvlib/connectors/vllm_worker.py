@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from kvlib.connectors.config import ConnectorConfig
+from kvlib.connectors.identity import rank_heads
 from kvlib.connectors.layouts import LAYOUTS, PageLayout, Pages, verify_layout
 from kvlib.connectors.mover import Mover
-from kvlib.connectors.vllm_meta import KvlibMetadata, KvlibWorkerMetadata
+from kvlib.connectors.vllm_meta import Answer, KvlibMetadata, KvlibWorkerMetadata
+from kvlib.connectors.warm import warm_up
 from kvlib.errors import ConnectorError
 from kvlib.spec import KVSpec, LayerKind
+from kvlib.store.heads import local_spec
 
 __all__ = ["WorkerHalf", "mover_of"]
 
@@ -61,15 +64,36 @@ class WorkerHalf:
                 "KvlibTier only"
             )
         views = [kv_caches[name] for name in names]
+        parallel = vllm_config.parallel_config
+        ranks = parallel.tensor_parallel_size
+        heads, writes = rank_heads(spec, parallel.rank % ranks, ranks)
+        # Ranks with the same heads share what is on disk only.
+        self._writes = writes or config.path is None or config.admission != "always"
+        seen = [view.shape[1] for view in views]
+        want = [layer.num_kv_heads for layer in local_spec(spec, heads).layers]
+        if seen != want:
+            raise ConnectorError(
+                f"rank {parallel.rank} of {ranks} has pages of {seen} KV heads by layer; expected "
+                f"{want}: this engine deals heads out in another way. Run without the connector"
+            )
         layout = self._layout(names[0], views[0])
         self.mover = Mover(
-            config.open_store(), spec, Pages(views, layout), staging=config.staging_bytes
+            config.open_store(heads), spec, Pages(views, layout), staging=config.staging_bytes
         )
         weakref.finalize(self, self.mover.close)
-        _movers[str(vllm_config.kv_transfer_config.engine_id)] = self.mover
+        warm_up(self.mover.store, spec)
+        engine = str(vllm_config.kv_transfer_config.engine_id)
+        if parallel.world_size == 1 and mover_of(engine) is not None:
+            self.mover.close()
+            raise ConnectorError(
+                f"this process has a KvlibConnector for the engine_id {engine!r} already: name it "
+                "once under MultiConnector, and give each engine of a process its own engine_id"
+            )
+        _movers[engine] = self.mover
+        self._engine = engine
         self._failed: set[int] = set()
         self._finishing: set[str] = set()
-        self._staging: set[str] = set()
+        self._staging: dict[str, int] = {}  # number of the question that is to be answered
         _LOG.info(
             "kvlib: %d layers, pages of %d tokens laid out as %r; store at %s, codec %s",
             len(views),
@@ -109,21 +133,27 @@ class WorkerHalf:
             raise ConnectorError(f"attention back end {backend}: {exc}") from exc
         return found
 
+    def close(self) -> None:
+        """Finish what is being stored, and close the store."""
+        _movers.pop(self._engine, None)
+        self.mover.close()
+
     def begin(self, meta: KvlibMetadata) -> None:
         """Begin what the scheduler's half asked for."""
-        for ticket, keys, first, seconds in meta.stages:
-            self._staging.add(ticket)
-            self.mover.stage(ticket, cast("Any", keys), first, time.monotonic() + seconds)
-        for ticket in meta.releases:
-            self._staging.discard(ticket)
+        for ticket in meta.releases:  # first: a request may ask again in the same step
+            self._staging.pop(ticket, None)
             self.mover.release(ticket)
+        for ticket, number, keys, first, seconds in meta.stages:
+            self._staging[ticket] = number
+            self.mover.stage(ticket, cast("Any", keys), first, time.monotonic() + seconds)
         for ticket, pages, first_token in meta.loads:
             self.mover.load(ticket, pages, first_token)
 
     def save(self, meta: KvlibMetadata) -> None:
         """Begin to copy out the blocks that this step completed."""
-        ready = self._computed() if meta.saves else None
-        for save in meta.saves:
+        saves = meta.saves if self._writes else []
+        ready = self._computed() if saves else None
+        for save in saves:
             self.mover.save(save, ready)
         self._finishing.update(meta.finishing)
 
@@ -148,9 +178,12 @@ class WorkerHalf:
             received.add(ticket)
             self._failed.update(failed)
         for ticket in over:
+            self._staging.pop(ticket, None)
             self.mover.forget(ticket)
         sent = {ticket for ticket in self._finishing if not self.mover.is_saving(ticket)}
         self._finishing -= sent
+        for ticket in sent:
+            self.mover.forget(ticket)  # also what was begun after the request was over
         return sent or None, received or None
 
     def failed(self) -> set[int]:
@@ -161,11 +194,11 @@ class WorkerHalf:
     def report(self) -> KvlibWorkerMetadata | None:
         """What was staged since the last step; for a scheduler that lives elsewhere."""
         meta = KvlibWorkerMetadata()
-        for ticket in list(self._staging):
+        for ticket, number in list(self._staging.items()):
             staged = self.mover.staged(ticket)
             if staged is not None:
-                meta.staged[ticket] = (staged.num_blocks, staged.fidelity, 1)
-                self._staging.discard(ticket)
+                meta.staged[ticket, number] = Answer(staged.num_blocks, staged.fidelity)
+                del self._staging[ticket]
         return meta if meta.staged else None
 
 

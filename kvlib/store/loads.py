@@ -30,6 +30,7 @@ from kvlib.keys import BLOCK_TOKENS, StoreKey
 from kvlib.spec import KVSpec
 from kvlib.store.cost import CostModel
 from kvlib.store.directory import Found
+from kvlib.store.heads import HeadRange, local_spec
 from kvlib.store.records import Layers, allocate, copy_layers, is_dense
 from kvlib.store.reports import Loaded
 from kvlib.store.stack import TierStack
@@ -63,6 +64,7 @@ class Reader:
         shared: told of a read that another load's gave.
         finished: told the records that arrived, how many blocks they hold and how many were asked.
         device: where blocks go, None for the CPU.
+        head_range: KV heads that records hold.
     """
 
     tiers: TierStack
@@ -75,6 +77,7 @@ class Reader:
     shared: Callable[[], None]
     finished: Callable[[Sequence[Found], int, int], None]
     device: "DeviceTier | None" = None
+    head_range: HeadRange = None
 
 
 class Load:
@@ -109,6 +112,7 @@ class Load:
     ) -> None:
         self._reader = reader
         self._spec = spec
+        self._shapes = local_spec(spec, reader.head_range)
         self._look = look
         self._asked = asked
         self._priority = priority
@@ -133,8 +137,8 @@ class Load:
     def _allocate(self, num_tokens: int) -> list[tuple[Tensor, Tensor]]:
         device = self._reader.device
         if device is None:
-            return allocate(self._spec, num_tokens)
-        return device.allocate(self._spec, num_tokens, self._stream)
+            return allocate(self._shapes, num_tokens)
+        return device.allocate(self._shapes, num_tokens, self._stream)
 
     # -- what the threads do
 
@@ -233,8 +237,11 @@ class Load:
                 return self._end_at(i)
             if (header.start, header.num_tokens) != (first, len(found.held) * BLOCK_TOKENS):
                 raise ShapeError(f"record of tokens {header.start}+{header.num_tokens}")
-            if [s.layer_idx for s in header.layers] != list(range(self._spec.num_layers)):
-                raise ShapeError(f"record of {len(header.layers)} layers")
+            if header.head_range != reader.head_range:
+                raise ShapeError(f"record of heads {header.head_range}")
+            heads = [(i, layer.num_kv_heads) for i, layer in enumerate(self._shapes.layers)]
+            if [(s.layer_idx, s.num_kv_heads) for s in header.layers] != heads:
+                raise ShapeError(f"record of {len(header.layers)} layers, or of other heads")
         except (CodecError, ShapeError):
             return self._spoilt(i)
         record.stored_bytes = len(data)
@@ -244,7 +251,7 @@ class Load:
         if reader.device is not None and whole:
             ttl = reader.tiers.ttl(found.key)
             slot = reader.device.reserve(
-                found.key, found.held, self._spec, parts=len(batches), ttl=ttl
+                found.key, found.held, self._shapes, parts=len(batches), ttl=ttl
             )
         if len(batches) == 1:
             fine = False
@@ -282,7 +289,7 @@ class Load:
         views = self._views(i, layers)
         room: Layers | None = None if batch is None else views
         if device is not None and batch is not None:
-            room = device.staging(self._spec, layers, len(found.held) * BLOCK_TOKENS)
+            room = device.staging(self._shapes, layers, len(found.held) * BLOCK_TOKENS)
         begun = perf_counter()
         try:
             block = decode_block(

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from kvlib.codecs import Codec, codec_from_canonical
 from kvlib.keys import BlockKey, Extra, StoreKey, TokenIds, block_keys
-from kvlib.spec import EXACT, KVSpec
+from kvlib.spec import EXACT, KVSpec, LayerKind
 from kvlib.store.directory import Directory, Found, Identity
+from kvlib.store.heads import HeadRange, check_model
 from kvlib.store.leases import Lease, Leases
 from kvlib.store.puts import Prefetch
 from kvlib.store.replacement import Hint
@@ -22,12 +23,15 @@ if TYPE_CHECKING:
 
 __all__ = ["Lookups"]
 
+_KINDS = (LayerKind.FULL, LayerKind.SLIDING, LayerKind.MLA)
+
 
 class Lookups:
     """What `KVStore` can do with a prompt's keys alone."""
 
     if TYPE_CHECKING:  # what the store has
         salt: str | bytes
+        head_range: HeadRange
         _codecs: dict[str, Codec]
         _device: DeviceTier | None
         _directory: Directory
@@ -44,11 +48,26 @@ class Lookups:
         """Keys of the full blocks of `tokens` under this store's salt; see `block_keys`."""
         return block_keys(spec.fingerprint(), tokens, salt=self.salt, extras=extras)
 
+    def _begin(self, spec: KVSpec) -> None:
+        """Whether blocks of `spec` can be put and loaded now.
+
+        Raises:
+            ConfigError: the model has recurrent layers, or see `check_model`.
+        """
+        self._check_open()
+        spec.require(_KINDS, "KVStore")
+        check_model(spec, self._codecs.values(), self.head_range)
+
     def _identities(self, spec: KVSpec, accept: Sequence[str] | None) -> list[Identity]:
-        """The forms a request accepts, best first."""
+        """The forms a request accepts, best first.
+
+        Raises:
+            ConfigError: see `check_model`.
+        """
+        check_model(spec, self._codecs.values(), self.head_range)
         if accept is None:
             accept = (EXACT, *(t for t, codec in self._codecs.items() if not codec.lossless))
-        return identities_of(spec, self._codecs, accept)
+        return identities_of(spec, self._codecs, accept, self.head_range)
 
     def match(
         self,

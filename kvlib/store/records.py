@@ -6,10 +6,18 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from kvlib.blocks import LayerKV
+from kvlib.blocks import KVBlock, LayerKV
 from kvlib.spec import KVSpec
 
-__all__ = ["BLOCKS_PER_RECORD", "Layers", "allocate", "copy_layers", "groups_to_write", "is_dense"]
+__all__ = [
+    "BLOCKS_PER_RECORD",
+    "Layers",
+    "allocate",
+    "copied",
+    "copy_layers",
+    "groups_to_write",
+    "is_dense",
+]
 
 BLOCKS_PER_RECORD = 4
 
@@ -54,3 +62,12 @@ def copy_layers(source: Layers, to: Layers, *, non_blocking: bool = False) -> No
     for layer, tensors in to.items():
         for into, have in zip(tensors, source[layer], strict=True):
             into.copy_(have, non_blocking=non_blocking)
+
+
+def copied(block: KVBlock) -> KVBlock:
+    """A dense block of all layers in CPU tensors of its own."""
+    return KVBlock.dense(
+        block.spec,
+        [(x.keys.cpu().clone(), x.values.cpu().clone()) for x in block.layers],
+        start=block.start,
+    )

@@ -61,11 +61,12 @@ class Accounts:
         self, txn: "lmdb.Transaction[bytes]", tenant: bytes, granules: int, quota: int | None = None
     ) -> None:
         """Add to what a tenant holds, and note its quota if one is given."""
-        account = self.get(txn, tenant)
-        used = max(account.used + granules, 0)  # below it: the accounts are wrong; the audit tells
+        data = txn.get(tenant, db=self._db)
+        used, noted = _ACCOUNT.unpack(data) if data else (0, 0)
+        used = max(used + granules, 0)  # below it: the accounts are wrong; the audit tells
         if used:
-            noted = account.quota if quota is None else quota
-            txn.put(tenant, _ACCOUNT.pack(used, noted), db=self._db)
+            row = _ACCOUNT.pack(used, noted if quota is None else quota)
+            txn.put(tenant, row, db=self._db)
         else:
             txn.delete(tenant, db=self._db)
 

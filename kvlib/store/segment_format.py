@@ -16,8 +16,10 @@ from kvlib.keys import DIGEST_BYTES, BlockKey, StoreKey
 from kvlib.store.terms import NO_TENANT, is_over
 
 __all__ = [
+    "EXPIRES",
     "HEADER_MAGIC",
     "MAX_EXTENTS",
+    "NEVER",
     "PAGE",
     "VERSION",
     "Entry",
@@ -47,6 +49,9 @@ _HEADER = Struct("<8sHHI16s64sQQQ8s")
 _EXTENT = Struct("<III")
 _ROW = Struct("<QQQQ8s")
 _U64 = Struct("<Q")
+EXPIRES = slice(24, 32)
+"""Where a row of the index says when its record is over; `NEVER` for those that last."""
+NEVER = bytes(8)
 _NAME = "kvlib segment store"
 
 
@@ -216,7 +221,7 @@ def pack_entry(name: bytes, entry: Entry) -> bytes:
 
 def peek_expires(data: bytes) -> int:
     """When a row of the index says that its record is over, unchecked; 0 if it is cut off."""
-    return int(_U64.unpack_from(data, 24)[0]) if len(data) >= _ROW.size else 0
+    return int(_U64.unpack(data[EXPIRES])[0]) if len(data) >= _ROW.size else 0
 
 
 def peek_entry(data: bytes) -> Entry:

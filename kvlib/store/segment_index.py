@@ -49,6 +49,24 @@ class IndexFaultError(Exception):
         self.full = full
 
 
+class _Reading:
+    """See `Index.read`; a class, for a generator costs as much as looking a record up."""
+
+    __slots__ = ("_index", "_txn")
+
+    def __init__(self, index: "Index") -> None:
+        self._index = index
+
+    def __enter__(self) -> "lmdb.Transaction[bytes]":
+        self._txn = self._index._begin_read()
+        return self._txn
+
+    def __exit__(self, kind: object, exc: BaseException | None, trace: object) -> None:
+        self._txn.abort()
+        if isinstance(exc, lmdb.Error | struct.error):
+            raise self._index._unreadable(exc) from exc
+
+
 _open_here: "dict[tuple[int, int, int], Index]" = {}  # by process, device and inode
 _registry = threading.Lock()
 
@@ -78,6 +96,7 @@ class Index:
         self._writer = threading.Lock()
         self._users = 1
         self._least = 0
+        self._page = self._env.stat()["psize"]
         self._suspect = False
         self._checked = time.monotonic()
         self._measure()
@@ -130,11 +149,12 @@ class Index:
         self._env.sync(True)
         return not self._suspect
 
-    def _measure(self) -> None:
-        """Note how long the file must be at least."""
+    def _measure(self) -> int:
+        """Note how long the file must be at least; the number of the last write transaction."""
         self._guard()
-        page = self._env.stat()["psize"]
-        self._least = max(self._least, (self._env.info()["last_pgno"] + 1) * page)
+        info = self._env.info()
+        self._least = max(self._least, (info["last_pgno"] + 1) * self._page)
+        return info["last_txnid"]
 
     def _guard(self) -> None:
         """Refuse to touch a map whose file was cut off or deleted underneath."""
@@ -155,23 +175,27 @@ class Index:
         self._guard()
         return self._env.info()["last_txnid"]
 
-    @contextmanager
-    def read(self) -> "Iterator[lmdb.Transaction[bytes]]":
+    def read(self) -> "_Reading":
         """A short read transaction.
 
         Raises:
             IndexFaultError: it cannot be read.
         """
+        return _Reading(self)
+
+    def _begin_read(self) -> "lmdb.Transaction[bytes]":
         self._guard()
         try:
-            with self._env.begin(db=self.ledger.records) as txn:
-                yield txn
-        except lmdb.ReadersFullError as exc:
+            return self._env.begin(db=self.ledger.records)
+        except lmdb.Error as exc:
+            raise self._unreadable(exc) from exc
+
+    def _unreadable(self, exc: Exception) -> IndexFaultError:
+        if isinstance(exc, lmdb.ReadersFullError):
             self.check_readers()
-            raise IndexFaultError("too many readers at once") from exc
-        except (lmdb.Error, struct.error) as exc:
-            self._suspect = True
-            raise IndexFaultError(f"the index cannot be read: {exc}") from exc
+            return IndexFaultError("too many readers at once")
+        self._suspect = True
+        return IndexFaultError(f"the index cannot be read: {exc}")
 
     @contextmanager
     def write(
@@ -195,8 +219,7 @@ class Index:
                 with self._env.begin(write=True) as txn:
                     number = txn.id()
                     yield txn
-                self._measure()
-                if committed is not None and self.last_txn == number:
+                if self._measure() == number and committed is not None:
                     committed(number)
             finally:
                 fcntl.lockf(self._lock_file, fcntl.LOCK_UN)

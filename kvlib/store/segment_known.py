@@ -4,24 +4,34 @@
 What another process stores or drops is found when it is looked up; for replacement, the index is
 compared with what is known here before records are dropped, at most every few seconds. Each process
 has a replacement policy of its own. What lasts is the order of use, in the stamps of the index: a
-policy begins with it when the store is opened.
+policy begins with it when a record is first to be put or dropped. Until then the index is not read
+as a whole, so a store opens as fast with many records as with few.
 """
 
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import NamedTuple
 
 from kvlib.errors import CorruptDataError
 from kvlib.store.replacement import Hint, Replacement
 from kvlib.store.replacement.roster import Roster
-from kvlib.store.segment_format import Entry, granules_of, peek_expires
+from kvlib.store.segment_format import EXPIRES, NEVER, Entry, granules_of, peek_expires
 from kvlib.store.segment_home import Home
-from kvlib.store.terms import Terms, WallClock
+from kvlib.store.terms import NO_TENANT, NO_TERMS, Terms, WallClock, is_over
 
 __all__ = ["Known"]
 
 _MAX_STAMPS = 4096
+
+
+class _Use(NamedTuple):
+    """A record was read if `whole`, else only touched."""
+
+    name: bytes
+    whole: bool
+    hint: Hint | None
 
 
 class Known:
@@ -60,6 +70,8 @@ class Known:
             self.clock = WallClock(self._ledger.state(txn).clock)
         self._roster: Roster[bytes] = Roster(policy, capacity * self._unit, self.clock.seconds)
         self._generations: dict[bytes, int] = {}  # of what the roster has
+        self._filling = threading.Lock()
+        self._early: list[_Use] | None = []  # before the roster was filled; None: it is
         self._pending: dict[bytes, Entry] = {}  # written, not yet in the index
         self._used: dict[bytes, None] = {}  # since the last commit, in order
         self._over: set[bytes] = set()  # expired, counted, and still to be dropped
@@ -80,9 +92,12 @@ class Known:
         Raises:
             IndexFaultError: the index cannot be read.
         """
+        if self._early is not None:
+            self._fill()
+            return
         now = time.monotonic()
         with self._lock:
-            if self._index.last_txn == self._seen or now - self._scanned < at_most_every:
+            if now - self._scanned < at_most_every or self._index.last_txn == self._seen:
                 return
             self._scanned = now
         with self._index.read() as txn:
@@ -98,12 +113,43 @@ class Known:
                     self._insert(name, row)
             self._seen = max(self._seen, number)
 
+    def _fill(self) -> None:
+        """Learn all records, in order of use, and then what was used since the store was opened.
+
+        Readers go on meanwhile: as long as there is `_early`, nobody else changes the roster.
+        """
+        with self._filling:
+            if self._early is None:
+                return
+            now = time.monotonic()
+            with self._index.read() as txn:
+                number = txn.id()
+                rows = self._ledger.rows(txn)
+            for name, row in rows:
+                self._insert(name, row)
+            with self._lock:
+                early, self._early = self._early, None
+                for name, whole, hint in early:
+                    self._tell(name, whole=whole, hint=hint)
+                self._seen = max(self._seen, number)
+                self._scanned = now
+
     def _insert(self, name: bytes, row: Entry, hint: Hint | None = None) -> None:
-        """The lock is held."""
+        """The lock is held, or the roster is being filled."""
         self._generations[name] = row.generation
-        size = granules_of(row.size, self._unit) * self._unit
-        ttl = self.clock.left(row.expires) if row.expires else None
-        self._roster.insert(name, size, Terms(ttl=ttl, tenant=row.tenant, hint=hint))
+        terms = NO_TERMS
+        if row.expires or row.tenant != NO_TENANT or hint is not None:
+            terms = Terms(ttl=self.clock.left(row.expires), tenant=row.tenant, hint=hint)
+        self._roster.insert(name, granules_of(row.size, self._unit) * self._unit, terms)
+
+    def _tell(self, name: bytes, *, whole: bool, hint: Hint | None = None) -> None:
+        """Tell the policy of a use, now or when there is one; the lock is held."""
+        if self._early is not None:
+            self._early.append(_Use(name, whole, hint))
+        elif whole:
+            self._roster.hit(name)
+        else:
+            self._roster.touch(name, hint)
 
     # -- looking
 
@@ -131,29 +177,31 @@ class Known:
     def contains(self, names: list[bytes]) -> list[bool]:
         """Whether there is a row of each whose time is not over."""
         pending = dict(self._pending) if self._pending else {}  # first: it moves into the index
-        now = self.clock.now()
-        found = []
-        over = []
         with self._index.read() as txn:
-            get = txn.get
-            for name in names:
-                row = get(name)
-                if name in pending and row is None:
-                    expires = pending[name].expires
-                else:
-                    expires = 0 if row is None else peek_expires(row)
-                if self._expires and 0 < expires <= now:
+            rows = list(map(txn.get, names))
+        found = [row is not None and row[EXPIRES] == NEVER for row in rows]
+        if all(found):
+            return found
+        now = 0
+        over = []
+        for i, name in enumerate(names):
+            row = rows[i]
+            if found[i] or (row is None and name not in pending):
+                continue
+            expires = pending[name].expires if row is None else peek_expires(row)
+            if expires and self._expires:
+                now = now or self.clock.now()
+                if is_over(expires, now):
                     over.append(name)
-                    found.append(False)
-                else:
-                    found.append(row is not None or name in pending)
+                    continue
+            found[i] = True
         if over:
             self._notice(over)
         return found
 
     def is_over(self, name: bytes, entry: Entry) -> bool:
         """Whether a record's time is over; then it is counted, and dropped soon."""
-        if not self._expires or not entry.is_over(self.clock.now()):
+        if not entry.expires or not self._expires or not entry.is_over(self.clock.now()):
             return False
         self._notice([name])
         return True
@@ -180,34 +228,35 @@ class Known:
         with self._lock:
             return list(self._roster.keys())
 
-    def is_pending(self, names: Iterable[bytes]) -> bool:
-        """Whether one of these is not yet published."""
-        return any(name in self._pending for name in names)
+    def is_pending(self, name: bytes) -> bool:
+        """Whether a record is written and not yet published."""
+        return name in self._pending
 
     def touch(self, names: Iterable[bytes], hint: Hint | None = None) -> None:
         """Mark records as used."""
         with self._lock:
             for name in names:
-                if name in self._roster:
-                    self._roster.touch(name, hint)
+                if self._early is not None or name in self._roster:
+                    self._tell(name, whole=False, hint=hint)
                     self._mark(name)
-            due = len(self._used) > _MAX_STAMPS
+            due = self._is_due()
         if due:
             self._nudge()
 
     def read(self, name: bytes, entry: Entry, *, whole: bool) -> None:
         """A record was read, which another process may have written; or only looked at."""
         with self._lock:
-            if self._generations.get(name) != entry.generation:
+            if self._early is None and self._generations.get(name) != entry.generation:
                 self._insert(name, entry)
-            if whole:
-                self._roster.hit(name)
-            else:
-                self._roster.touch(name)
+            self._tell(name, whole=whole)
             self._mark(name)
-            due = len(self._used) > _MAX_STAMPS
+            due = self._is_due()
         if due:
             self._nudge()
+
+    def _is_due(self) -> bool:
+        """Whether what was used is to be noted, so that no list of it grows; the lock is held."""
+        return len(self._used) > _MAX_STAMPS or len(self._early or ()) > _MAX_STAMPS
 
     def _mark(self, name: bytes) -> None:
         """Note for the next commit that it was used; the lock is held."""
@@ -227,8 +276,9 @@ class Known:
 
     def _forget(self, name: bytes, *, evicted: bool = False) -> None:
         """The lock is held."""
-        self._roster.remove(name, evicted=evicted)
-        self._generations.pop(name, None)
+        if self._early is None:  # else it is being filled: what should not be there, goes later
+            self._roster.remove(name, evicted=evicted)
+            self._generations.pop(name, None)
         self._used.pop(name, None)
         self._over.discard(name)
 

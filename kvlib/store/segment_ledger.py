@@ -7,7 +7,7 @@ inside one transaction and leaves that so. What is held has a holder; the rows o
 are freed by whoever finds it dead.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from struct import Struct
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -124,7 +124,7 @@ class Ledger:
             rows = [
                 (name, peek_entry(data)) for name, data in cursor if len(name) == 2 * DIGEST_BYTES
             ]
-        rows.sort(key=lambda row: row[1].stamp)
+        rows.sort(key=_stamp_of)
         return rows
 
     def limits(self, txn: "lmdb.Transaction[bytes]") -> Limits:
@@ -185,6 +185,7 @@ class Ledger:
         expires: int = 0,
         tenant: bytes = NO_TENANT,
         quota: int = 0,
+        now: int = 0,
     ) -> Entry | None:
         """Take room for a record that is about to be written; None if four runs do not hold it.
 
@@ -196,13 +197,15 @@ class Ledger:
             expires: when its time is over, in milliseconds since 1970; 0 for never.
             tenant: on whose account it is.
             quota: granules that the caller holds this tenant to; 0 for none. Only noted here.
+            now: how late it is; see `note_time`.
         """
         extents = self.free.allocate(txn, granules)
         if extents is None:
             return None
         state = self.state(txn)
         entry = Entry(size, state.tick, 0, extents, expires, tenant)
-        self._set(txn, state._replace(tick=state.tick + 1, used=state.used + granules))
+        clock = max(state.clock, now)
+        self._set(txn, State(state.tick + 1, state.used + granules, state.segments, clock))
         self.accounts.charge(txn, tenant, granules, quota)
         self._hold(txn, holder, entry)
         return entry
@@ -223,6 +226,30 @@ class Ledger:
         self.accounts.charge(txn, entry.tenant, -entry.granules)
 
     def publish(
+        self,
+        txn: "lmdb.Transaction[bytes]",
+        holder: bytes,
+        order: Mapping[bytes, Entry | None],
+        now: int,
+    ) -> None:
+        """Enter written records and mark others as used, the last one as used last.
+
+        Args:
+            txn: a write transaction.
+            holder: who wrote them.
+            order: entries of those that were written, None for those that were used.
+            now: how late it is; see `note_time`.
+        """
+        tick = self.state(txn).tick
+        for name, entry in order.items():
+            if entry is None:
+                tick += self._stamp(txn, name, tick)
+            else:
+                tick += self._enter(txn, holder, name, entry._replace(stamp=tick))
+        state = self.state(txn)  # room was freed where another one was faster
+        self._set(txn, state._replace(tick=tick, clock=max(state.clock, now)))
+
+    def _enter(
         self, txn: "lmdb.Transaction[bytes]", holder: bytes, name: bytes, entry: Entry
     ) -> bool:
         """Enter a written record; False if another one of that key was faster, and room is freed.
@@ -232,14 +259,20 @@ class Ledger:
         key = holder + _GENERATION.pack(entry.generation)
         if txn.get(key, db=self._held) is None:
             return False
-        state = self.state(txn)
-        stamped = entry._replace(stamp=state.tick)
-        if not txn.put(name, pack_entry(name, stamped), db=self.records, overwrite=False):
+        if not txn.put(name, pack_entry(name, entry), db=self.records, overwrite=False):
             self.give_back(txn, holder, entry)
             return False
-        txn.delete(key, db=self._held)
-        self._set(txn, state._replace(tick=state.tick + 1))
-        return True
+        return txn.delete(key, db=self._held)
+
+    def _stamp(self, txn: "lmdb.Transaction[bytes]", name: bytes, tick: int) -> bool:
+        """Mark a record as used; whether it is there."""
+        try:
+            entry = self.get(txn, name)
+        except CorruptDataError:
+            return False  # found by whoever reads it
+        if entry is None:
+            return False
+        return txn.put(name, pack_entry(name, entry._replace(stamp=tick)), db=self.records)
 
     def remove(
         self,
@@ -272,20 +305,6 @@ class Ledger:
         else:
             self._hold(txn, holder, entry)
         return entry
-
-    def stamp(self, txn: "lmdb.Transaction[bytes]", names: Iterable[bytes]) -> None:
-        """Mark records as used, the last one as used last."""
-        state = self.state(txn)
-        tick = state.tick
-        for name in names:
-            try:
-                entry = self.get(txn, name)
-            except CorruptDataError:
-                continue  # found by whoever reads it
-            if entry is not None:
-                txn.put(name, pack_entry(name, entry._replace(stamp=tick)), db=self.records)
-                tick += 1
-        self._set(txn, state._replace(tick=tick))
 
     def sweep(self, txn: "lmdb.Transaction[bytes]", is_dead: Callable[[bytes], bool]) -> int:
         """Free what dead holders left; how many rows that were."""
@@ -415,6 +434,10 @@ class Ledger:
         for run in space.gaps():
             self.free.release(txn, [run])
         self._set(txn, State(top + 1 + len(found), space.used, max(segments, default=-1) + 1))
+
+
+def _stamp_of(row: tuple[bytes, Entry]) -> int:
+    return row[1].stamp
 
 
 class _Row(NamedTuple):

@@ -72,7 +72,6 @@ class Room(Known):
         self._leases: Counter[bytes] = Counter()
         self._left: dict[bytes, list[Entry]] = {}  # dropped while leased
         self._owed: list[Entry] = []  # to be freed with the next transaction
-        self.rescan()
 
     # -- transactions
 
@@ -184,9 +183,10 @@ class Room(Known):
         """
         dropped: list[bytes] = []
         quota = None if terms.quota is None else terms.quota // self._unit
+        now = self.clock.now()
         try:
             with self._write() as txn:
-                if name and self._drop_over(txn, name):
+                if name in self._over and self._drop_over(txn, name):
                     dropped.append(name)
                 take = partial(
                     self._ledger.reserve,
@@ -197,11 +197,11 @@ class Room(Known):
                     expires=self.clock.until(terms.ttl),
                     tenant=terms.tenant,
                     quota=quota or 0,
+                    now=now,
                 )
                 entry = self._make_room(txn, take, granules, terms.tenant, quota, dropped, insist)
                 if entry is None and dropped:
                     raise _InVainError
-                self._ledger.note_time(txn, self.clock.now())
         except _InVainError:
             return None
         self._gone(dropped)
@@ -229,16 +229,19 @@ class Room(Known):
         insist: bool,
     ) -> Entry | None:
         """Drop records until so many granules can be taken; None if they cannot."""
-        own = self._victims(granules, self._leases, insist, tenant)
-        others = self._victims(granules, self._leases, insist)
+        victims: dict[bytes | None, Iterator[bytes]] = {}  # of all, or of the one who pays
         can_grow = True
         while True:
-            victims = others
-            if quota is not None and self._ledger.accounts.get(txn, tenant).used + granules > quota:
-                victims = own  # nobody pays for another one's quota
-            elif (
-                self._ledger.state(txn).used + granules <= self.capacity
-                and self._ledger.count(txn) + len(self._pending) < self._max_records
+            pays = quota is not None and (
+                self._ledger.accounts.get(txn, tenant).used + granules > quota
+            )
+            used = self._ledger.state(txn).used  # at least as many granules as there are records
+            if not pays and (
+                used + granules <= self.capacity
+                and (
+                    used < self._max_records
+                    or self._ledger.count(txn) + len(self._pending) < self._max_records
+                )
             ):
                 entry = take()
                 if entry is not None:
@@ -247,7 +250,10 @@ class Room(Known):
                     can_grow = self._growth.grow(txn, granules, self.capacity)
                     if can_grow:
                         continue
-            name = next(victims, None)
+            whose = tenant if pays else None  # nobody pays for another one's quota
+            if whose not in victims:
+                victims[whose] = self._victims(granules, self._leases, insist, whose)
+            name = next(victims[whose], None)
             if name is None:
                 return None
             if self._take_out(txn, name, None):
@@ -271,10 +277,13 @@ class Room(Known):
         Raises:
             IndexFaultError: the index cannot be written.
         """
-        self.rescan()
+        with self._index.read() as txn:
+            beyond = evict and self._ledger.state(txn).used > self.capacity
+        if beyond:
+            self.rescan()
         dropped: list[bytes] = []
         with self._write() as txn:
-            if evict:
+            if beyond:
                 self._drop_until(txn, self.capacity, dropped)
             gone = self._growth.take_out(txn, self.capacity)
         self._gone(dropped)
@@ -331,7 +340,7 @@ class Room(Known):
     def note_time(self) -> None:
         """Remember how late it is, if any record has a time to live; a failure is a pity."""
         with self._lock:
-            if not self._roster.expires:
+            if self._early is None and not self._roster.expires:
                 return
         with suppress(IndexFaultError, OSError), self._write() as txn:
             self._ledger.note_time(txn, self.clock.now())
@@ -383,29 +392,20 @@ class Room(Known):
             Whether that worked; if not, the records are dropped.
         """
         with self._lock:
-            order, self._used = self._used, {}
+            order: dict[bytes, Entry | None] = dict.fromkeys(self._used)
+            self._used = {}
             over = list(self._over)
             if not order and not group and not self._owed and not over:
                 return True
-        by_name = {written.name: written for written in group}
-        for name in by_name.keys() - order.keys():
-            order[name] = None
+            due = self._is_due()
+        order.update(group)
         try:
             self._home.files.sync(
                 sorted({extent.segment for w in group for extent in w.entry.extents})
             )
             with self._write() as txn:
-                run: list[bytes] = []
-                for name in order:
-                    if name not in by_name:
-                        run.append(name)
-                        continue
-                    self._ledger.stamp(txn, run)
-                    run = []
-                    self._ledger.publish(txn, self._home.me, name, by_name[name].entry)
-                self._ledger.stamp(txn, run)
+                self._ledger.publish(txn, self._home.me, order, self.clock.now())
                 dropped = [name for name in over if self._drop_over(txn, name)]
-                self._ledger.note_time(txn, self.clock.now())
             self._index.check_readers(every=_RESCAN_S)
             worked = True
         except (IndexFaultError, CorruptDataError, OSError):
@@ -420,6 +420,9 @@ class Room(Known):
             self._gone(dropped)
             with self._lock:
                 self._over.difference_update(over)
+        if due:
+            with suppress(IndexFaultError):
+                self.rescan()
         return worked
 
     def _drop_over(self, txn: "lmdb.Transaction[bytes]", name: bytes) -> bool:

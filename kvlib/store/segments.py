@@ -301,7 +301,7 @@ class SegmentStore:
         self._remove(name, generation)
 
     def _remove(self, name: bytes, generation: int | None) -> bool:
-        if self._room.is_pending([name]):
+        if self._room.is_pending(name):
             self._commit.flush()
         try:
             return self._room.drop(name, generation)
@@ -327,7 +327,7 @@ class SegmentStore:
                 self._count(duplicates=1)
                 self._room.touch([name], terms.hint)
                 return True
-            if self._room.is_pending([name]):  # it expired before it was published
+            if self._room.is_pending(name):  # it expired before it was published
                 self._commit.flush()
             views = [memoryview(part).cast("B") for part in parts if memoryview(part).nbytes]
             entry = self._reserve(name, sum(view.nbytes for view in views), terms)

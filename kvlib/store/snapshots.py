@@ -15,12 +15,13 @@ from kvlib.codecs.header import WHOLE_BLOCK
 from kvlib.codecs.pack import encode_block
 from kvlib.codecs.state import decode_state, encode_state
 from kvlib.codecs.unpack import decode_block
-from kvlib.errors import CapacityError, CodecError, CorruptDataError, ShapeError
+from kvlib.errors import CapacityError, CodecError, ConfigError, CorruptDataError, ShapeError
 from kvlib.keys import BlockKey, StoreKey, TokenIds, snapshot_key
 from kvlib.snapshots import Snapshot
 from kvlib.spec import KVSpec
 
 if TYPE_CHECKING:
+    from kvlib.store.heads import HeadRange
     from kvlib.store.stack import TierStack
 
 __all__ = ["SnapshotRecords", "decode_snapshot", "encode_snapshot", "snapshot_record_key"]
@@ -66,11 +67,20 @@ class SnapshotRecords:
     if TYPE_CHECKING:  # what the store has
         codec: Codec
         salt: str | bytes
+        head_range: HeadRange
         _mac_key: bytes | None
         _stack: TierStack
 
         def _check_open(self) -> None: ...
         def _spoilt(self, key: StoreKey) -> None: ...
+
+    def _check_snapshots(self) -> None:
+        self._check_open()
+        if self.head_range is not None:
+            raise ConfigError(
+                f"this store keeps the KV heads {self.head_range} of a tensor-parallel rank; "
+                "snapshots hold all heads: keep them in a store without head_range"
+            )
 
     def put_snapshot(
         self, tokens: "TokenIds", snapshot: Snapshot, *, codec: str | None = None
@@ -86,10 +96,11 @@ class SnapshotRecords:
             Bytes of the record; None if no tier took it.
 
         Raises:
+            ConfigError: the store holds a range of heads only.
             ShapeError: more or fewer tokens than the snapshot stands for.
             UnsupportedInputError: the codec cannot represent it.
         """
-        self._check_open()
+        self._check_snapshots()
         chosen = self.codec if codec is None else build_codec(codec)
         spec = snapshot.block.spec
         if len(tokens) != snapshot.block.num_tokens:
@@ -109,8 +120,11 @@ class SnapshotRecords:
 
         Returns:
             The verified snapshot; None if it is not there or cannot be read.
+
+        Raises:
+            ConfigError: the store holds a range of heads only.
         """
-        self._check_open()
+        self._check_snapshots()
         chosen = self.codec if codec is None else build_codec(codec)
         name = snapshot_key(spec.fingerprint(), tokens, method, salt=self.salt)
         key = snapshot_record_key(spec, name, chosen)

@@ -26,22 +26,20 @@ from typing import TYPE_CHECKING, Self
 from kvlib.blocks import KVBlock
 from kvlib.codecs import Codec
 from kvlib.codecs.base import describe_codec
-from kvlib.errors import (
-    ConfigError,
-    StoreClosedError,
-)
+from kvlib.errors import ConfigError, StoreClosedError
 from kvlib.keys import BLOCK_TOKENS, BlockKey, StoreKey
-from kvlib.spec import EXACT, KVSpec, LayerKind
+from kvlib.spec import EXACT, KVSpec
 from kvlib.store.cost import CostModel
 from kvlib.store.device import DeviceTier
 from kvlib.store.directory import Directory, Found
 from kvlib.store.endings import Ending
+from kvlib.store.heads import check_head_range
 from kvlib.store.leases import Leases
 from kvlib.store.loads import Load, Reader, load_pieces
 from kvlib.store.lookups import Lookups
 from kvlib.store.opening import choose_codecs, open_tiers
 from kvlib.store.puts import Put
-from kvlib.store.records import BLOCKS_PER_RECORD
+from kvlib.store.records import BLOCKS_PER_RECORD, copied
 from kvlib.store.replacement import Hint
 from kvlib.store.replacement.admission import SecondTouch
 from kvlib.store.reports import Loaded, PutReport, StoreStats
@@ -58,7 +56,6 @@ if TYPE_CHECKING:
 
 __all__ = ["BLOCKS_PER_RECORD", "KVStore", "Loaded", "PutReport", "StoreStats"]
 
-_KINDS = (LayerKind.FULL, LayerKind.SLIDING, LayerKind.MLA)
 _LAYER_BATCHES = 8
 _ADMISSIONS = ("always", "second-touch")
 
@@ -93,6 +90,9 @@ class KVStore(Lookups, SnapshotRecords):
         watermarks: (high, low), such as ``(0.95, 0.85)``: a tier that is fuller than the high share
             of its capacity is brought down to the low one in the background.
         min_free: bytes of the disk's file system that are left to others.
+        head_range: KV heads [first, last) that this rank of a tensor-parallel engine holds, counted
+            in the layer that has most; None for all. Blocks put and loaded have these heads alone;
+            `block_keys` are those of all ranks. Of a prompt, what all ranks have is stored.
 
     Thread-safe; concurrent loads of a record read it once, concurrent puts write it once. Open it
     again after a fork. Use it as a context manager, or call `close`; else it ends with its last
@@ -131,6 +131,7 @@ class KVStore(Lookups, SnapshotRecords):
         quota: int | str | None = None,
         watermarks: tuple[float, float] | None = None,
         min_free: int | str = 0,
+        head_range: tuple[int, int] | None = None,
     ) -> None:
         if remote is not None:
             raise ConfigError(f"remote={remote!r}: this version has no remote tiers; leave it out")
@@ -146,6 +147,7 @@ class KVStore(Lookups, SnapshotRecords):
         )
         self.codec_text = describe_codec(self.codec)
         self._codecs = {describe_codec(c): c for c in (self.memory_codec, self.codec)}
+        self.head_range = check_head_range(head_range, self._codecs.values())
         self.path = None if path is None else Path(path).expanduser()
         policy = replacement_for("device", replacement)
         self._device = (
@@ -178,7 +180,9 @@ class KVStore(Lookups, SnapshotRecords):
         self._closed = False
         self._stats = StoreStats(tiers={})
         self._directory = Directory(tiers, mac_key, self._device)
-        self._writer = Writer(self._stack, self._directory, self._second_touch, mac_key)
+        self._writer = Writer(
+            self._stack, self._directory, self._second_touch, mac_key, self.head_range
+        )
         self._reader = Reader(
             tiers=self._stack,
             pool=self._pool,
@@ -190,6 +194,7 @@ class KVStore(Lookups, SnapshotRecords):
             shared=lambda: self._count(shared_reads=1),
             finished=self._finished,
             device=self._device,
+            head_range=self.head_range,
         )
         self._background_reader = replace(self._reader, finished=self._finished_later)
 
@@ -276,8 +281,7 @@ class KVStore(Lookups, SnapshotRecords):
         Returns:
             The blocks of one record after another; `Loaded.block` begins where the last one ended.
         """
-        self._check_open()
-        spec.require(_KINDS, "KVStore")
+        self._begin(spec)
         self._leases.expire()
         run = self._directory.loadable_run(self._identities(spec, accept), keys)
         return load_pieces(self._reader, spec, run, len(keys))
@@ -294,8 +298,7 @@ class KVStore(Lookups, SnapshotRecords):
         reader: Reader | None = None,
         hint: Hint | None = None,
     ) -> Load:
-        self._check_open()
-        spec.require(_KINDS, "KVStore")
+        self._begin(spec)
         identities = self._identities(spec, accept)
 
         def look() -> list[Found]:
@@ -376,12 +379,12 @@ class KVStore(Lookups, SnapshotRecords):
             What was stored; want of room or a failing medium is counted, never raised.
 
         Raises:
-            ConfigError: a bad `ttl`.
-            ShapeError: the block is not whole blocks, lacks layers, or goes beyond the keys.
+            ConfigError: a bad `ttl`, or a model that does not have the store's heads.
+            ShapeError: the block is not whole blocks, lacks layers, holds other heads, or goes
+                beyond the keys.
             UnsupportedInputError: the codec cannot represent it.
         """
-        self._check_open()
-        spec.require(_KINDS, "KVStore")
+        self._begin(spec)
         self._writer.check(spec, keys, block)
         return self._write(spec, keys, block, fidelity, self._rules.terms(ttl, hint))
 
@@ -414,8 +417,7 @@ class KVStore(Lookups, SnapshotRecords):
         Raises:
             ShapeError: see `put`. `UnsupportedInputError` comes with the result.
         """
-        self._check_open()
-        spec.require(_KINDS, "KVStore")
+        self._begin(spec)
         self._writer.check(spec, keys, block)
         terms = self._rules.terms(ttl, hint)
         size = block.nbytes
@@ -424,7 +426,7 @@ class KVStore(Lookups, SnapshotRecords):
             self._count(staging_drops=dropped)
             return Put(None, PutReport(dropped_blocks=dropped))
         try:
-            mine = _copied(block) if copy else block
+            mine = copied(block) if copy else block
             write = partial(self._write, spec, keys, mine, fidelity, terms)
             task = self._pool.submit(write, priority=Priority.STORE)
         except BaseException:
@@ -490,11 +492,3 @@ class KVStore(Lookups, SnapshotRecords):
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-def _copied(block: KVBlock) -> KVBlock:
-    return KVBlock.dense(
-        block.spec,
-        [(x.keys.cpu().clone(), x.values.cpu().clone()) for x in block.layers],
-        start=block.start,
-    )

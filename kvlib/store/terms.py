@@ -100,7 +100,7 @@ class WallClock:
 
     def seconds(self) -> float:
         """The same in seconds, for replacement policies."""
-        return self.now() / 1000
+        return (self._base + _elapsed_ms()) / 1000
 
     def at_least(self, floor: int) -> None:
         """It is this late already; what is no date is not believed."""

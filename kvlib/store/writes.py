@@ -16,6 +16,7 @@ from kvlib.errors import ShapeError
 from kvlib.keys import BLOCK_TOKENS, BlockKey, StoreKey
 from kvlib.spec import KVSpec
 from kvlib.store.directory import Directory, Identity
+from kvlib.store.heads import HeadRange, check_block_heads, local_spec
 from kvlib.store.records import groups_to_write, is_dense
 from kvlib.store.reports import PutReport
 from kvlib.store.stack import TierStack
@@ -47,7 +48,10 @@ class Form:
 
 
 def identities_of(
-    spec: KVSpec, codecs: Mapping[str, Codec], accept: Sequence[str]
+    spec: KVSpec,
+    codecs: Mapping[str, Codec],
+    accept: Sequence[str],
+    head_range: HeadRange = None,
 ) -> list[Identity]:
     """The forms in which blocks are acceptable, best first.
 
@@ -55,6 +59,7 @@ def identities_of(
         spec: what the numbers mean.
         codecs: by canonical string, best first.
         accept: fidelities of ancestors, best first.
+        head_range: KV heads that the blocks hold.
     """
     forms = [(f, text, codec) for f in dict.fromkeys(accept) for text, codec in codecs.items()]
     return [
@@ -62,7 +67,7 @@ def identities_of(
             ancestors=f,
             codec=text,
             lossless=codec.lossless,
-            storage=codec_fingerprint(spec, codec, fidelity=f),
+            storage=codec_fingerprint(spec, codec, fidelity=f, head_range=head_range),
             rank=rank,
         )
         for rank, (f, text, codec) in enumerate(forms)
@@ -132,6 +137,7 @@ class Writer:
         directory: what is there.
         second_touch: admission to the persistent tiers; None admits everything.
         mac_key: see `kvlib.codecs.container.build_container`.
+        head_range: KV heads that all blocks hold.
     """
 
     def __init__(
@@ -140,19 +146,21 @@ class Writer:
         directory: Directory,
         second_touch: "SecondTouch[StoreKey] | None",
         mac_key: bytes | None,
+        head_range: HeadRange = None,
     ) -> None:
         self._tiers = tiers
         self._directory = directory
         self._second_touch = second_touch
         self._mac_key = mac_key
+        self._head_range = head_range
         self._refused = -_REFUSED_S
 
-    @staticmethod
-    def check(spec: KVSpec, keys: Sequence[BlockKey], block: KVBlock) -> None:
+    def check(self, spec: KVSpec, keys: Sequence[BlockKey], block: KVBlock) -> None:
         """Refuse what cannot be stored under these keys.
 
         Raises:
-            ShapeError: the block is not whole blocks, lacks layers, or goes beyond the keys.
+            ShapeError: the block is not whole blocks, lacks layers, goes beyond the keys, or holds
+                other heads.
         """
         if (
             block.start % BLOCK_TOKENS
@@ -167,6 +175,7 @@ class Writer:
                 f"under {len(keys)} keys: expected whole blocks of {BLOCK_TOKENS} tokens over all "
                 f"{spec.num_layers} layers of the same spec, nothing evicted"
             )
+        check_block_heads(block, spec, self._head_range)
 
     def put(
         self, spec: KVSpec, keys: Sequence[BlockKey], block: KVBlock, forms: Sequence[Form]
@@ -175,6 +184,7 @@ class Writer:
         first, last = block.start // BLOCK_TOKENS, block.stop // BLOCK_TOKENS
         present, missing = self._present([form.identity for form in forms], keys[:last], first)
         report = PutReport(present_blocks=last - first - len(missing))
+        block_bytes = BLOCK_TOKENS * local_spec(spec, self._head_range).bytes_per_token()
         for group in reversed(groups_to_write(missing)):
             mine = tuple(keys[i] for i in group)
             part = block.slice(group[0] * BLOCK_TOKENS, (group[-1] + 1) * BLOCK_TOKENS)
@@ -187,7 +197,7 @@ class Writer:
                 present_blocks=report.present_blocks + there - stored,
                 dropped_blocks=report.dropped_blocks + len(group) - there,
                 stored_bytes=report.stored_bytes + sum(w.nbytes for w in written),
-                raw_bytes=report.raw_bytes + stored * BLOCK_TOKENS * spec.bytes_per_token(),
+                raw_bytes=report.raw_bytes + stored * block_bytes,
             )
         terms = forms[0].terms
         self._tiers.touch(present, None if terms is None else terms.hint)
@@ -250,6 +260,7 @@ class Writer:
                 form.codec,
                 keys=mine,
                 fidelity=form.identity.ancestors,
+                head_range=self._head_range,
                 mac_key=self._mac_key,
             )
             if not self._tiers.put(key, parts, persistent=persistent, terms=form.terms):

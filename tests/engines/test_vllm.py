@@ -314,7 +314,7 @@ def test_ngram_speculation_stores_accepted_tokens_only(tmp_path, text):
 def test_preemption(tmp_path, prompts, plain, text):
     """More requests than the engine has pages for: some lose theirs while they are being saved."""
     many = [text[13000 + 300 * i : 13280 + 300 * i] for i in range(6)]
-    small = {"num_gpu_blocks_override": 40}
+    small = {"num_gpu_blocks_override": 40, "max_model_len": 1024}
     with Engine(MODEL, enable_prefix_caching=False) as engine:
         expected = engine.generate(*many, max_tokens=100)["tokens"]
     with Engine(MODEL, tmp_path / "kv", **small) as engine:

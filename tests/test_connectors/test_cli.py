@@ -2,7 +2,9 @@
 """`kvlib connectors`, `kvlib doctor` and `kvlib why-miss`."""
 
 import json
+import re
 import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -196,3 +198,26 @@ def test_prompts_that_cannot_be_read(stored, tmp_path):
     assert "0 of" in result.output
     file.write_text(" ".join(map(str, stored[2])))
     assert run("why-miss", "--path", path, "--model", model, "--tokens", file).exit_code == 0
+
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = [
+    (name, line)
+    for name in ("README.md", "docs/vllm.md", "docs/vllm-tier.md", "docs/sglang.md")
+    for line in re.findall(
+        r"^kvlib connectors .*$", (ROOT / name).read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
+]
+
+
+def test_the_guides_have_commands():
+    assert {name for name, _ in COMMANDS} >= {"README.md", "docs/vllm.md"}
+
+
+@pytest.mark.parametrize(("name", "line"), COMMANDS)
+def test_commands_of_the_guides_work_as_written(name, line, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args = shlex.split(line.replace("~/", f"{tmp_path}/"))[1:]
+    result = run(*args)
+    assert result.exit_code == 0, result.output
+    assert str(tmp_path) in result.output

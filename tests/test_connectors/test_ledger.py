@@ -202,3 +202,17 @@ def test_after_new_weights_nothing_is_served_or_stored():
     assert ledger.due(state, tokens, 700, prompt_tokens=700) is None
     fresh = ledger.begin("b")
     assert fresh.keys_for(tokens, 1) == block_keys(other.fingerprint(), tokens)[:1]
+
+
+def test_a_request_that_lost_its_pages_is_stored_again():
+    """What was to be copied out of them may not have been; unless the store says that it was."""
+    ledger = Ledger(SPEC, 32)
+    tokens = list(range(700))
+    state = ledger.begin("a")
+    ledger.save(state, ledger.due(state, tokens, 700, prompt_tokens=700), list(range(40)), "lossy")
+    ledger.preempted(state)
+    assert ledger.due(state, tokens, 700, prompt_tokens=700) == (0, 10)
+    ledger.preempted(state)
+    ledger.settled(state, Staged(4))
+    ledger.taken(state, 0)
+    assert ledger.due(state, tokens, 700, prompt_tokens=700) == (4, 10)

@@ -173,8 +173,46 @@ def test_staged_blocks_are_bounded(filled):
     tight.close()
     small = make_mover(KVStore(path, memory=0), make_pages(), staging=size - 1)
     small.stage("a", KEYS, 0, far())
-    assert small.wait_staged("a", 30) == Staged(0)
+    assert small.wait_staged("a", 30) == Staged(9)  # what there is room for
+    assert small._reserved <= size - 1
     small.close()
+    none = make_mover(KVStore(path, memory=0), make_pages(), staging=1)
+    none.stage("a", KEYS, 0, far())
+    assert none.wait_staged("a", 30) == Staged(0)
+    none.close()
+
+
+def test_what_was_stored_is_forgotten(tmp_path):
+    """An engine that only stores does not remember every save for ever."""
+    mover = make_mover(KVStore(tmp_path / "kv", memory="16MiB"), make_pages())
+    for i in range(600):
+        key = block_keys(SPEC.fingerprint(), [i] * 64)
+        mover.save(Save(ticket="a", keys=key, first=0, pages=[0, 1], first_page=0))
+        if i % 100 == 99:
+            assert mover.wait_saved("a", 30)
+            for task in list(mover._storing.values()):
+                task.result().result(30)
+    assert len(mover._storing) <= 300
+    mover.close()
+
+
+def test_a_load_is_reported_whatever_happens(filled):
+    """Who waits for one would wait for ever."""
+    _, _, _, mover = filled
+    mover.close()
+    mover.load("b", [1, 2], 0)
+    assert mover.loaded() == [("b", (1, 2))]
+
+
+def test_counters_have_all_their_names_from_the_start(filled):
+    """They are added up by one thread while others count."""
+    _, _, _, mover = filled
+    names = set(mover.counts)
+    mover.stage("b", KEYS, 0, far())
+    mover.wait_staged("b", 30)
+    mover.load("b", [1, 2], 0)
+    wait_loaded(mover)
+    assert set(mover.counts) == names
 
 
 def test_pages_given_away_are_not_read_any_more(tmp_path):

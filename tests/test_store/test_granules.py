@@ -130,9 +130,21 @@ class LedgerMachine(RuleBasedStateMachine):
     def publish(self, data, name: bytes) -> None:
         generation = data.draw(st.sampled_from(sorted(self.writing)))
         holder, entry = self.writing.pop(generation)
+        first = name not in self.records
+        used = data.draw(st.permutations(sorted(self.records.keys() - {name})))
+        order = {**dict.fromkeys(used), name: entry, b"n" * 64: None}
+        now = data.draw(st.integers(0, 9))
         with self.env.begin(write=True) as txn:
-            first = self.ledger.publish(txn, holder, name, entry)
-        assert first == (name not in self.records)
+            before = self.ledger.state(txn)
+            self.ledger.publish(txn, holder, order, now)
+            rows = {key: self.ledger.get(txn, key) for key in order}
+            after = self.ledger.state(txn)
+        assert after.clock == max(before.clock, now)
+        assert after.tick == before.tick + len(used) + first
+        assert rows[b"n" * 64] is None
+        assert (rows[name].generation == entry.generation) is first
+        stamps = [rows[key].stamp for key in (*used, name)[: len(used) + first]]
+        assert stamps == list(range(before.tick, after.tick))
         if first:
             self.records[name] = entry
         else:
@@ -208,7 +220,7 @@ def filled(env) -> tuple[Ledger, list[Entry]]:
         for i in range(4):
             entry = ledger.reserve(txn, b"a" * 16, 100 + i, 3)
             entries.append(entry)
-            ledger.publish(txn, b"a" * 16, bytes([i]) * 64, entry)
+            ledger.publish(txn, b"a" * 16, {bytes([i]) * 64: entry}, 0)
         entries.append(ledger.reserve(txn, b"a" * 16, 9, 2))
     return ledger, entries
 
@@ -253,7 +265,7 @@ def test_a_holder_taken_for_dead_publishes_nothing(tmp_path):
     ledger, entries = filled(env)
     with env.begin(write=True) as txn:
         ledger.sweep(txn, lambda _: True)
-        assert ledger.publish(txn, b"a" * 16, b"z" * 64, entries[4]) is False
+        ledger.publish(txn, b"a" * 16, {b"z" * 64: entries[4]}, 0)
         assert ledger.get(txn, b"z" * 64) is None
         assert ledger.audit(txn) == []
     env.close()

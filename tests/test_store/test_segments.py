@@ -18,7 +18,8 @@ import pytest
 
 from kvlib.codecs.container import parse_header
 from kvlib.errors import ConfigError, IncompatibleDataError, StoreClosedError, StoreError
-from kvlib.store import blockio, segment_check
+from kvlib.store import blockio, segment_check, segment_known
+from kvlib.store.segment_ledger import Ledger
 from kvlib.store.segments import SegmentStore
 from kvlib.testing.records import make_record
 from kvlib.testing.tiers import TierContract, read
@@ -580,6 +581,32 @@ def test_bad_settings_are_errors(open_store, bad):
 
 
 # -- limits
+
+
+@pytest.mark.parametrize("uses", [1, 4096])
+def test_records_are_learnt_when_one_is_first_put(open_store, monkeypatch, uses):
+    """Or when more was used than is remembered until then; either way in order of use."""
+    scans = []
+    rows = Ledger.rows
+    monkeypatch.setattr(Ledger, "rows", lambda *args: scans.append(1) or rows(*args))
+    monkeypatch.setattr(segment_known, "_MAX_STAMPS", uses)
+    records = [make_record(seed, size=3000) for seed in range(6)]
+    keys = [key for key, _ in records]
+    with open_store() as store:
+        for record in records[:4]:
+            assert store.put(*record)
+        capacity = store.stats().used_bytes
+    scans.clear()
+    with open_store(capacity=capacity) as store:
+        assert store.contains_many(keys) == [True] * 4 + [False] * 2
+        assert read(store, keys[0]) is not None
+        store.touch([keys[1], keys[5]])
+        store._commit.flush()
+        assert len(scans) == (uses == 1)
+        for record in records[4:]:
+            assert store.put(*record)
+        assert len(scans) == 1
+        assert store.contains_many(keys) == [True, True, False, False, True, True]
 
 
 def test_a_smaller_capacity_evicts_at_open_and_gives_files_back(tmp_path, open_store):

@@ -148,6 +148,22 @@ def test_a_scan_does_not_drive_out_what_is_read_again(tmp_path, kind):
     assert left == {"arc": 4, "lru": 0}
 
 
+def test_a_store_that_was_only_looked_at_remembers_how_late_it_was(tmp_path, monkeypatch):
+    """A clock that is set back afterwards gives no record more time."""
+    wall, now = clocks._wall_ms(), clocks._elapsed_ms()
+    monkeypatch.setattr(clocks, "_elapsed_ms", lambda: now)
+    key, parts = make_record(5)
+    left = []
+    for ahead in (0, 90_000, -86_400_000):
+        monkeypatch.setattr(clocks, "_wall_ms", lambda ahead=ahead: wall + ahead)
+        with SegmentStore(tmp_path / "kv", capacity=1 << 20) as store:
+            if not left:
+                store.put(key, parts, Terms(ttl=100))
+            assert store.contains_many([key]) == [True]
+            left.append(store.terms(key).ttl)
+    assert left == [100, 10, 10]
+
+
 def test_accounts_of_tenants_are_audited_and_repaired(tmp_path):
     """A wrong sum, a row too many or too few; quotas that were noted stay."""
     env = lmdb.open(str(tmp_path), max_dbs=8)
@@ -159,7 +175,7 @@ def test_accounts_of_tenants_are_audited_and_repaired(tmp_path):
             tenant = b"tenant %d" % (i % 2)
             entry = ledger.reserve(txn, holder, 9, 1 + i, tenant=tenant, quota=7 + i)
             if i < 3:
-                ledger.publish(txn, holder, bytes([i]) * 64, entry)
+                ledger.publish(txn, holder, {bytes([i]) * 64: entry}, now=0)
         want = {b"tenant 0": (1 + 3, 9), b"tenant 1": (2 + 4, 10)}
         assert ledger.accounts.all(txn) == want
         assert ledger.audit(txn) == []

@@ -133,12 +133,12 @@ class HintedState(Generic[Key]):
             level = self._levels[priority] = _Level(self._make_order())
         return level
 
-    def _place(self, key: Key, record: _Record) -> None:
+    def _place(self, key: Key, record: _Record, now: float) -> None:
         level = self._level(record.priority)
         self._set_expiry(key, record)
         if record.due is None:
             level.order.insert(key, record.size, record.cost)
-            self._earnings.change(record.size, self._clock())
+            self._earnings.change(record.size, now)
         else:
             level.furthest.set(key, -record.due)
             self._soonest.set(key, record.due)
@@ -166,7 +166,7 @@ class HintedState(Generic[Key]):
             record = self._records[key]
             self._take(key, record, evicted=False)
             record.due = None
-            self._place(key, record)
+            self._place(key, record, now)
 
     # -- what the tier says
 
@@ -179,13 +179,14 @@ class HintedState(Generic[Key]):
 
     def insert(self, key: Key, size: int, hint: Hint | None = None) -> None:
         """See `ReplacementState.insert`."""
-        self.remove(key)
+        if key in self._records:
+            self.remove(key)
         record = _Record(size, (hint or _NOTHING).cost, self._clock())
         self._records[key] = record
         self.nbytes += size
         if hint is not None:
             self._learn(record, hint)
-        self._place(key, record)
+        self._place(key, record, record.used)
 
     @staticmethod
     def _learn(record: _Record, hint: Hint) -> None:
@@ -212,7 +213,7 @@ class HintedState(Generic[Key]):
         if hint is not None:
             self._learn(record, hint)
         if moves:
-            self._place(key, record)
+            self._place(key, record, record.used)
         elif hint is not None:
             self._set_expiry(key, record)
         if not foretold and not foretells:
@@ -243,7 +244,7 @@ class HintedState(Generic[Key]):
         if hint.next_use is None:
             record.due = due
         if moves:
-            self._place(key, record)
+            self._place(key, record, record.used)
         else:
             self._set_expiry(key, record)
         return moves

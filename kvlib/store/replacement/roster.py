@@ -59,21 +59,21 @@ class Roster(Generic[Key]):
 
     def hit(self, key: Key) -> None:
         """A record was read; one that is not held is ignored, here and below."""
-        self._renew(key)
-        self._state.hit(key)
+        tenant = self._tenant.get(key)
+        if tenant is not None:
+            self._queues[tenant].renew(key)
+            self._state.hit(key)
 
     def touch(self, key: Key, hint: Hint | None = None) -> None:
         """A record was used last, by a use that was told already; see `ReplacementState.touch`."""
-        self._renew(key)
+        tenant = self._tenant.get(key)
+        if tenant is None:
+            return
+        self._queues[tenant].renew(key)
         until = self._until.get(key)
         if hint is not None and until is not None:
             hint = Terms(ttl=until - self._clock(), hint=hint).hint_for_policy
         self._state.touch(key, hint)
-
-    def _renew(self, key: Key) -> None:
-        tenant = self._tenant.get(key)
-        if tenant is not None:
-            self._queues[tenant].renew(key)
 
     def remove(self, key: Key, *, evicted: bool = False) -> None:
         """A record is gone: to make room if `evicted`, else deleted, expired or damaged."""

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which SGLang, and which configurations of it, `KvlibLinker` serves.
+
+Imports SGLang only when called.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from kvlib.connectors.config import ConnectorConfig
+from kvlib.errors import ConfigError, EngineVersionError
+from kvlib.model_spec import model_id_text, origin_identity, spec_for_config
+from kvlib.spec import DTYPES, KVSpec, LayerKind
+
+__all__ = ["VERSIONS", "check_config", "check_pool", "check_version", "is_supported", "spec_of"]
+
+VERSIONS = ((0, 5, 23), (0, 5, 24))
+"""SGLang from the first, up to but not including the second: what a linker is changed often."""
+
+_INSTEAD = "use KvlibHiCacheStorage, see docs/sglang.md"
+
+
+def is_supported(version: str) -> bool:
+    """Whether a version of SGLang is one that was tested."""
+    try:
+        numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:3])
+    except ValueError:
+        return False
+    return VERSIONS[0] <= numbers < VERSIONS[1]
+
+
+def check_version() -> None:
+    """Refuse another SGLang than was tested.
+
+    Raises:
+        EngineVersionError: naming both.
+    """
+    import sglang
+
+    if not is_supported(sglang.__version__):
+        low, high = (".".join(map(str, numbers)) for numbers in VERSIONS)
+        raise EngineVersionError(
+            f"this is SGLang {sglang.__version__}; this version of kvlib was tested with SGLang "
+            f"{low} up to but not including {high}. Install one of those, or another kvlib"
+        )
+
+
+def check_config(server_args: Any, params: Any, components: Iterable[Any]) -> None:
+    """Refuse what `KvlibLinker` does not serve.
+
+    Args:
+        server_args: SGLang's.
+        params: SGLang's `CacheInitParams`.
+        components: of SGLang's tree.
+
+    Raises:
+        ConfigError: saying what was seen and what to do.
+    """
+    for name in ("tp_size", "pp_size", "attn_cp_size", "dcp_size"):
+        size = getattr(server_args, name, None) or 1
+        if size > 1:
+            raise ConfigError(f"{name}={size} is not served by KvlibLinker: {_INSTEAD}")
+    others = sorted(str(x.name) for x in components if x.name != "FULL")
+    if others:
+        raise ConfigError(
+            f"this model's cache has parts of other kinds ({', '.join(others)}); KvlibLinker "
+            f"serves full attention and MLA: {_INSTEAD}"
+        )
+    speculative = getattr(server_args, "speculative_algorithm", None)
+    if speculative or params.is_eagle:
+        raise ConfigError(
+            f"speculative_algorithm={speculative!r}: KvlibLinker does not store what a draft model "
+            f"caches: {_INSTEAD}"
+        )
+
+
+def spec_of(server_args: Any, config: ConnectorConfig) -> KVSpec:
+    """What the numbers in SGLang's pools mean: the same as in transformers' cache of that model.
+
+    Raises:
+        ConfigError: the weights cannot be identified, or the model has other layers than full
+            attention or MLA.
+    """
+    from sglang.srt.configs.model_config import ModelConfig
+
+    model = ModelConfig.from_server_args(server_args)
+    dtype = str(model.dtype).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise ConfigError(f"the model computes in {dtype}; kvlib stores {', '.join(DTYPES)}")
+    text = model.hf_text_config
+    if config.model_id:
+        identity = model_id_text(config.model_id)
+    else:
+        commit = getattr(model.hf_config, "_commit_hash", None)
+        identity = origin_identity(str(model.model_path), commit, f"the model {model.model_path!r}")
+    quantization = getattr(model, "quantization", None)
+    if quantization and not getattr(text, "quantization_config", None):
+        identity += f"#quantized:{quantization}"
+    spec = spec_for_config(text, identity=identity, dtype=dtype)
+    spec.require((LayerKind.FULL, LayerKind.MLA), "KvlibLinker")
+    return spec
+
+
+def check_pool(spec: KVSpec, pool: Any, layers: list[tuple[int, int]]) -> None:
+    """Refuse a pool that holds something else than the model's keys and values.
+
+    Args:
+        spec: of the model.
+        pool: SGLang's.
+        layers: KV heads and channels of the keys of each of its layers.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    dtype = str(pool.dtype).removeprefix("torch.")
+    wanted = [(layer.num_kv_heads, layer.k_head_dim) for layer in spec.layers]
+    if dtype != spec.dtype or layers != wanted:
+        raise ConfigError(
+            f"SGLang's cache has {len(layers)} layers of (KV heads, channels) "
+            f"{sorted(set(layers))} in {dtype}, the model {len(wanted)} of {sorted(set(wanted))} "
+            f"in {spec.dtype}: draft models, shared layers and caches of another dtype are not "
+            f"served by KvlibLinker: {_INSTEAD}"
+        )
