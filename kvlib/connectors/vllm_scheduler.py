@@ -27,6 +27,7 @@ __all__ = ["SchedulerHalf"]
 
 _FINISH_WAIT_S = 0.1
 _GRACE_S = 1.0
+_IDLE_S = 0.0005
 
 
 class SchedulerHalf:
@@ -199,6 +200,10 @@ class SchedulerHalf:
 
     def plan(self, scheduled: Any) -> None:
         """Note what a step (a `SchedulerOutput`) completes, and whose pages it takes away."""
+        if not scheduled.num_scheduled_tokens and self._peer is not None and self.ledger.requests:
+            # Nothing to compute: all wait for blocks. An engine that asks without a pause takes the
+            # interpreter from the threads that bring them.
+            time.sleep(_IDLE_S)
         for ticket in scheduled.preempted_req_ids or ():
             self._outbox.preempted.append(ticket)
             state = self.ledger.requests.get(ticket)
