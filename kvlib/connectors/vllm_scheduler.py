@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["SchedulerHalf"]
 
 _FINISH_WAIT_S = 0.1
+_DRIVEN_WAIT_S = 2.0
 _GRACE_S = 1.0
 _IDLE_S = 0.0005
 
@@ -54,11 +55,14 @@ class SchedulerHalf:
         self._world = vllm_config.parallel_config.world_size
         self._deadline_s = config.deadline
         # An engine core in a process of its own makes a step as soon as pages are to be freed; one
-        # that its caller drives may not make another for long. On a CPU a step takes longer than
-        # the copy that is waited for, and the engine's cache can be reset right after the answer.
-        alone = envs.VLLM_ENABLE_V1_MULTIPROCESSING
+        # that its caller drives may not make another for long, and keep them. On a CPU a step takes
+        # longer than a copy, and the engine's cache may be reset right after the answer.
         slow = vllm_config.device_config.device_type == "cpu"
-        self._patience_s = _FINISH_WAIT_S if slow or not alone else 0.0
+        self._patience_s = (
+            (_FINISH_WAIT_S if slow else 0.0)
+            if envs.VLLM_ENABLE_V1_MULTIPROCESSING
+            else _DRIVEN_WAIT_S
+        )
         self._read = transfer.is_kv_consumer
         self._write = transfer.is_kv_producer
         codec = build_codec(config.codec)

@@ -100,6 +100,7 @@ class Ranks:
             parallel_config=SimpleNamespace(**parallel),
             kv_transfer_config=SimpleNamespace(**transfer),
             cache_config=SimpleNamespace(cache_dtype="auto"),
+            device_config=SimpleNamespace(device_type="cuda"),  # nobody waits for a copy
             model_config=SimpleNamespace(dtype="float32"),
             compilation_config=SimpleNamespace(static_forward_context={"l.0": layer, "l.1": layer}),
         )
