@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +17,7 @@ from rich.markup import escape
 from kvlib.errors import ConfigError, KVLibError
 
 if TYPE_CHECKING:
+    from kvlib.connectors.guard import Versions
     from kvlib.spec import KVSpec
 
 __all__ = ["connectors", "doctor", "why_miss"]
@@ -219,33 +220,21 @@ def _machine() -> Iterator[tuple[str, str]]:
 
 def _engine(name: str, *, needed: bool) -> Iterator[tuple[str, str]]:
     version = _version(*_DISTRIBUTIONS[name])
-    supported, span = _SUPPORT[name]()
+    tested = _versions(name)
     if version is None:
         yield (_BAD if needed else _WARN), f"{name} is not installed in this environment"
-    elif supported(version):
-        yield _GOOD, f"{name} {version} is supported (tested: {span})"
+    elif tested.supports(version):
+        yield _GOOD, f"{name} {version} is supported (tested: {tested})"
     else:
-        yield _BAD, f"{name} {version} is not supported: this kvlib was tested with {span}"
+        yield _BAD, f"{name} {version} is not supported: this kvlib was tested with {tested}"
 
 
-def _vllm_support() -> tuple[Callable[[str], bool], str]:
-    from kvlib.connectors.vllm_config import VERSIONS, is_supported
-
-    return is_supported, _span(*VERSIONS)
-
-
-def _sglang_support() -> tuple[Callable[[str], bool], str]:
-    from kvlib.connectors.sglang_config import VERSIONS, is_supported
-
-    return is_supported, _span(*VERSIONS)
-
-
-def _span(low: tuple[int, ...], high: tuple[int, ...]) -> str:
-    first, last = (".".join(map(str, numbers)) for numbers in (low, high))
-    return f"{first} up to but not including {last}"
-
-
-_SUPPORT = {"vllm": _vllm_support, "sglang": _sglang_support}
+def _versions(name: str) -> "Versions":
+    if name == "vllm":
+        from kvlib.connectors.vllm_config import VERSIONS
+    else:
+        from kvlib.connectors.sglang_config import VERSIONS
+    return VERSIONS
 
 
 def _store(path: Path) -> Iterator[tuple[str, str]]:

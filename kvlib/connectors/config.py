@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an operator writes into an engine's configuration, checked."""
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
 from kvlib.codecs import build_codec
 from kvlib.errors import ConfigError
+from kvlib.registry import suggest
 from kvlib.store.sizes import parse_bytes
 from kvlib.store.store import KVStore
 
@@ -62,10 +62,8 @@ class ConnectorConfig:
         known = [field.name for field in fields(cls)]
         for name in given:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else "."
                 raise ConfigError(
-                    f"unknown option {name!r} of the connector{hint} Known: {', '.join(known)}"
+                    f"unknown option {name!r} of the connector.{suggest(name, known)}"
                 )
         return cls(**given)
 

@@ -20,8 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import wraps
-from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import torch
@@ -36,6 +35,7 @@ from kvlib.blocks import KVBlock
 from kvlib.codecs import build_codec
 from kvlib.codecs.base import describe_codec
 from kvlib.connectors.config import ConnectorConfig
+from kvlib.connectors.guard import guarded
 from kvlib.connectors.ledger import Ledger, RequestState
 from kvlib.connectors.mover import Mover, Save, Saving
 from kvlib.connectors.sglang_config import check_config, check_pool, check_version, spec_of
@@ -50,29 +50,6 @@ __all__ = ["KvlibLinker"]
 
 _LOG = logging.getLogger(__name__)
 _LOOKUP_S = 2.0
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-def _guarded(default: Callable[[], Any]) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """The one place where errors end: as a miss, counted and logged."""
-
-    def decorate(method: Callable[P, T]) -> Callable[P, T]:
-        @wraps(method)
-        def call(*args: P.args, **kwargs: P.kwargs) -> T:
-            try:
-                return method(*args, **kwargs)
-            except Exception:  # noqa: BLE001
-                me = cast("KvlibLinker", args[0])
-                me.counts["errors"] += 1
-                if me.counts["errors"] <= 10 or me.counts["errors"] % 1000 == 0:
-                    _LOG.exception("kvlib: %s failed; going on without it", method.__name__)
-                return cast("T", default())
-
-        return call
-
-    return decorate
 
 
 @dataclass(slots=True)
@@ -181,7 +158,7 @@ class KvlibLinker(UnifiedCacheLinker):  # type: ignore[misc]
 
     # -- what the hooks tell
 
-    @_guarded(lambda: None)
+    @guarded(lambda: None)
     def matching(self, req: Any, tokens: Sequence[int], device_tokens: int) -> None:
         """See `Listener.matching`."""
         self._matching = None
@@ -208,7 +185,7 @@ class KvlibLinker(UnifiedCacheLinker):  # type: ignore[misc]
         mine = self._requests[req.rid] = _Request(state, ())
         return mine
 
-    @_guarded(lambda: None)
+    @guarded(lambda: None)
     def inserting(self, req: Any | None) -> None:
         """See `Listener.inserting`."""
         self._inserting = None
@@ -230,7 +207,7 @@ class KvlibLinker(UnifiedCacheLinker):  # type: ignore[misc]
         """See `Listener.offloading`."""
         self._offloading = (start, stop, slots)
 
-    @_guarded(lambda: None)
+    @guarded(lambda: None)
     def released(self, rid: str) -> None:
         """See `Listener.released`."""
         if self._requests.pop(rid, None) is not None:
@@ -244,7 +221,7 @@ class KvlibLinker(UnifiedCacheLinker):  # type: ignore[misc]
 
     # -- look-ups
 
-    @_guarded(list)
+    @guarded(list)
     def lookup(self, rid: str, transfers: list[Any]) -> list[int]:
         """Every prefix length, in pages, that lies verified in host memory."""
         matching, self._matching = self._matching, None
@@ -299,7 +276,7 @@ class KvlibLinker(UnifiedCacheLinker):  # type: ignore[misc]
 
     # -- loads
 
-    @_guarded(lambda: False)
+    @guarded(lambda: False)
     def load(self, rid: str, transfers: list[Any]) -> bool:
         """Queue what `lookup` promised; False (it is gone) makes SGLang compute it."""
         mine = self._requests.get(rid)
@@ -385,7 +362,7 @@ class KvlibLinker(UnifiedCacheLinker):  # type: ignore[misc]
         self._offloads.append(offload)
         return True
 
-    @_guarded(lambda: None)
+    @guarded(lambda: None)
     def _offload(
         self, note: tuple[int, int, Callable[[], Tensor]] | None, session: str | None
     ) -> _Offload | None:
@@ -452,7 +429,7 @@ class KvlibLinker(UnifiedCacheLinker):  # type: ignore[misc]
             self.counts["corrupt_records"] = stored.corrupt_records + tiers
         return self.counts + self.mover.counts
 
-    @_guarded(lambda: None)
+    @guarded(lambda: None)
     def _publish(self) -> None:
         self._publisher.publish(self.stats())
 

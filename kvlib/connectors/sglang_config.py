@@ -8,25 +8,17 @@ from collections.abc import Iterable
 from typing import Any
 
 from kvlib.connectors.config import ConnectorConfig
-from kvlib.errors import ConfigError, EngineVersionError
+from kvlib.connectors.guard import Versions
+from kvlib.errors import ConfigError
 from kvlib.model_spec import model_id_text, origin_identity, spec_for_config
 from kvlib.spec import DTYPES, KVSpec, LayerKind
 
-__all__ = ["VERSIONS", "check_config", "check_pool", "check_version", "is_supported", "spec_of"]
+__all__ = ["VERSIONS", "check_config", "check_pool", "check_version", "spec_of"]
 
-VERSIONS = ((0, 5, 23), (0, 5, 24))
+VERSIONS = Versions("SGLang", (0, 5, 23), (0, 5, 24))
 """SGLang from the first, up to but not including the second: what a linker is changed often."""
 
 _INSTEAD = "use KvlibHiCacheStorage, see docs/sglang.md"
-
-
-def is_supported(version: str) -> bool:
-    """Whether a version of SGLang is one that was tested."""
-    try:
-        numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:3])
-    except ValueError:
-        return False
-    return VERSIONS[0] <= numbers < VERSIONS[1]
 
 
 def check_version() -> None:
@@ -37,12 +29,7 @@ def check_version() -> None:
     """
     import sglang
 
-    if not is_supported(sglang.__version__):
-        low, high = (".".join(map(str, numbers)) for numbers in VERSIONS)
-        raise EngineVersionError(
-            f"this is SGLang {sglang.__version__}; this version of kvlib was tested with SGLang "
-            f"{low} up to but not including {high}. Install one of those, or another kvlib"
-        )
+    VERSIONS.check(sglang.__version__)
 
 
 def check_config(server_args: Any, params: Any, components: Iterable[Any]) -> None:

@@ -37,7 +37,6 @@ from kvlib.connectors.sglang_config import check_version
 from kvlib.connectors.tier_options import TierOptions
 from kvlib.errors import ConfigError, ConnectorError
 from kvlib.model_spec import model_id_text, origin_identity
-from kvlib.store.opening import open_tiers
 from kvlib.store.rules import Rules
 from kvlib.threads import one_torch_thread
 
@@ -155,16 +154,7 @@ class KvlibHiCacheStorage(HiCacheStorage):  # type: ignore[misc]
         self.options = chosen = _options(storage_config.extra_config or {})
         self._model = _model_identity(chosen, storage_config.model_name)
         self._rules = Rules(salt=chosen.salt, ttl=chosen.ttl, quota=chosen.quota)
-        self._tiers = open_tiers(
-            None if chosen.path is None else Path(chosen.path).expanduser(),
-            memory=chosen.memory,
-            disk=chosen.disk,
-            tier=chosen.tier,
-            mac_key=None,
-            replacement=chosen.replacement,
-            watermarks=None,
-            min_free=chosen.min_free,
-        )
+        self._tiers = chosen.open_tiers()
         self._pools: dict[str, _Pool] = {}
         self._threads = ThreadPoolExecutor(int(chosen.threads), "kvlib-hicache", one_torch_thread)
         self._lock = threading.Lock()

@@ -2,11 +2,14 @@
 """What an operator writes into an entry of vLLM's `secondary_tiers`, checked. Imports no engine."""
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Self
 
 from kvlib.connectors.chunks import chunk_codec
 from kvlib.errors import ConfigError
 from kvlib.registry import suggest
+from kvlib.store.opening import open_tiers
+from kvlib.store.tier import Tier
 
 __all__ = ["TierOptions"]
 
@@ -65,6 +68,23 @@ class TierOptions:
             if name not in known:
                 raise ConfigError(f"unknown option {name!r} of KvlibTier.{suggest(name, known)}")
         return cls(**given)
+
+    def open_tiers(self) -> list[Tier]:
+        """The tiers that these options ask for, the fastest first.
+
+        Raises:
+            ConfigError: see `KVStore`.
+        """
+        return open_tiers(
+            None if self.path is None else Path(self.path).expanduser(),
+            memory=self.memory,
+            disk=self.disk,
+            tier=self.tier,
+            mac_key=None,
+            replacement=self.replacement,
+            watermarks=None,
+            min_free=self.min_free,
+        )
 
     def __post_init__(self) -> None:
         """Check what is not checked where it is used."""

@@ -13,9 +13,8 @@ Whatever goes wrong in here is a miss: the engine computes what it did not get.
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
-from functools import wraps
-from typing import Any, ParamSpec, TypeVar, cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 from torch import Tensor
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -25,6 +24,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvlib.connectors.config import ConnectorConfig
+from kvlib.connectors.guard import guarded
 from kvlib.connectors.vllm_config import check_config, check_version, spec_of
 from kvlib.connectors.vllm_meta import KvlibMetadata, KvlibWorkerMetadata
 from kvlib.connectors.vllm_scheduler import SchedulerHalf
@@ -34,29 +34,6 @@ from kvlib.connectors.vllm_worker import WorkerHalf
 __all__ = ["KvlibConnector"]
 
 _LOG = logging.getLogger(__name__)
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-def _guarded(default: Callable[[], Any]) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """The one place where errors end: as a miss, counted and logged."""
-
-    def decorate(method: Callable[P, T]) -> Callable[P, T]:
-        @wraps(method)
-        def call(*args: P.args, **kwargs: P.kwargs) -> T:
-            try:
-                return method(*args, **kwargs)
-            except Exception:  # noqa: BLE001
-                me = cast("KvlibConnector", args[0])
-                me.counts["errors"] += 1
-                if me.counts["errors"] <= 10 or me.counts["errors"] % 1000 == 0:
-                    _LOG.exception("kvlib: %s failed; going on without it", method.__name__)
-                return cast("T", default())
-
-        return call
-
-    return decorate
 
 
 class KvlibConnector(KVConnectorBase_V1):  # type: ignore[misc]
@@ -112,14 +89,14 @@ class KvlibConnector(KVConnectorBase_V1):  # type: ignore[misc]
         """Test the layout of the engine's pages, and open the store; see `WorkerHalf`."""
         self.worker = WorkerHalf(self._vllm_config, self.config, self.spec, kv_caches)
 
-    @_guarded(lambda: None)
+    @guarded(lambda: None)
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         """Let go of pages that are given to others in this step."""
         preempted = cast("KvlibMetadata", kv_connector_metadata).preempted
         if preempted and self.worker is not None:
             self.worker.mover.stop_saving(preempted)
 
-    @_guarded(lambda: None)
+    @guarded(lambda: None)
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Begin what the scheduler's half asked for."""
         if self.worker is not None:
@@ -133,23 +110,23 @@ class KvlibConnector(KVConnectorBase_V1):  # type: ignore[misc]
     ) -> None:
         """Nothing: whole blocks are copied out after the step."""
 
-    @_guarded(lambda: None)
+    @guarded(lambda: None)
     def wait_for_save(self) -> None:
         """Begin to copy out the blocks that this step completed."""
         if self.worker is not None:
             self.worker.save(cast("KvlibMetadata", self._get_connector_metadata()))
 
-    @_guarded(lambda: (None, None))
+    @guarded(lambda: (None, None))
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Requests whose pages are copied out, and whose are filled (or failed)."""
         return (None, None) if self.worker is None else self.worker.finished(finished_req_ids)
 
-    @_guarded(set)
+    @guarded(set)
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Pages that were not filled."""
         return set() if self.worker is None else self.worker.failed()
 
-    @_guarded(lambda: None)
+    @guarded(lambda: None)
     def build_connector_worker_meta(self) -> KvlibWorkerMetadata | None:
         """What was staged since the last step; for ranks that live elsewhere."""
         return None if self.worker is None else self.worker.report()
@@ -160,19 +137,19 @@ class KvlibConnector(KVConnectorBase_V1):  # type: ignore[misc]
         assert self.scheduler is not None  # noqa: S101 (vLLM asks the scheduler's half only)
         return self.scheduler
 
-    @_guarded(lambda: None)
+    @guarded(lambda: None)
     def on_new_request(self, request: Any) -> None:
         """Begin an account."""
         self._half().state(request)
 
-    @_guarded(lambda: (0, False))
+    @guarded(lambda: (0, False))
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
         """Tokens beyond `num_computed_tokens` that lie verified in host memory; None: wait."""
         return self._half().look_up(request, num_computed_tokens)
 
-    @_guarded(lambda: None)
+    @guarded(lambda: None)
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """The engine takes what was offered, or leaves it."""
         self._half().allocated(request, blocks, num_external_tokens)
@@ -182,23 +159,23 @@ class KvlibConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._plan(scheduler_output)
         return self._half().meta()
 
-    @_guarded(lambda: None)
+    @guarded(lambda: None)
     def _plan(self, scheduler_output: Any) -> None:
         self._half().plan(scheduler_output)
 
-    @_guarded(lambda: None)
+    @guarded(lambda: None)
     def update_connector_output(self, connector_output: Any) -> None:
         """What became of stages and loads."""
         self._half().update(connector_output)
 
-    @_guarded(lambda: (False, None))
+    @guarded(lambda: (False, None))
     def request_finished(
         self, request: Any, block_ids: Sequence[int]
     ) -> tuple[bool, dict[str, Any] | None]:
         """Store what is left of a request; whether its pages must be kept until that is done."""
         return self._half().finished(request, block_ids), None
 
-    @_guarded(lambda: False)
+    @guarded(lambda: False)
     def reset_cache(self) -> bool:
         """Make all that is stored unreachable for this engine, as after a change of weights."""
         self._half().renew()
@@ -206,7 +183,7 @@ class KvlibConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     # -- in both
 
-    @_guarded(lambda: None)
+    @guarded(lambda: None)
     def get_kv_connector_stats(self) -> KvlibStats | None:
         """Counters since the last call."""
         now = self.counts + (Counter() if self.worker is None else self.worker.mover.counts)
@@ -214,7 +191,7 @@ class KvlibConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._reported = now
         return KvlibStats(data=dict(news)) if news else None
 
-    @_guarded(lambda: None)
+    @guarded(lambda: None)
     def shutdown(self) -> None:
         """Finish what is being stored, and close the store."""
         if self.worker is not None:

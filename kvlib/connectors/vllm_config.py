@@ -8,25 +8,17 @@ from typing import Any
 
 from kvlib.codecs import build_codec
 from kvlib.connectors.config import ConnectorConfig
+from kvlib.connectors.guard import Versions
 from kvlib.connectors.identity import rank_heads
-from kvlib.errors import ConfigError, EngineVersionError
+from kvlib.errors import ConfigError
 from kvlib.model_spec import model_id_text, origin_identity, spec_for_config
 from kvlib.spec import DTYPES, KVSpec, LayerKind
 from kvlib.store.heads import check_model
 
-__all__ = ["VERSIONS", "check_config", "check_version", "is_supported", "spec_of"]
+__all__ = ["VERSIONS", "check_config", "check_version", "spec_of"]
 
-VERSIONS = ((0, 32), (0, 33))
+VERSIONS = Versions("vLLM", (0, 32), (0, 33))
 """vLLM from the first, up to but not including the second."""
-
-
-def is_supported(version: str) -> bool:
-    """Whether a version of vLLM is one that was tested."""
-    try:
-        numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
-    except ValueError:
-        return False
-    return VERSIONS[0] <= numbers < VERSIONS[1]
 
 
 def check_version() -> None:
@@ -37,12 +29,7 @@ def check_version() -> None:
     """
     import vllm
 
-    if not is_supported(vllm.__version__):
-        low, high = (".".join(map(str, numbers)) for numbers in VERSIONS)
-        raise EngineVersionError(
-            f"this is vLLM {vllm.__version__}; this version of kvlib was tested with vLLM {low} "
-            f"up to but not including {high}. Install one of those, or another kvlib"
-        )
+    VERSIONS.check(vllm.__version__)
 
 
 def check_config(vllm_config: Any, kv_cache_config: Any, config: ConnectorConfig) -> None:

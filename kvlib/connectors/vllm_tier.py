@@ -15,7 +15,6 @@ import logging
 import threading
 from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any, ClassVar
 from uuid import uuid4
@@ -48,7 +47,6 @@ from kvlib.connectors.chunks import ChunkStore, Row
 from kvlib.connectors.tier_options import TierOptions
 from kvlib.connectors.vllm_config import check_version
 from kvlib.model_spec import model_id_text, origin_identity
-from kvlib.store.opening import open_tiers
 from kvlib.store.rules import Rules
 from kvlib.store.work import Priority, WorkPool
 
@@ -202,16 +200,7 @@ class KvlibTier(SecondaryTierManager):  # type: ignore[misc]
         self._nbytes = min(pages, self.block_size_bytes)
         identity = _identity(offloading_spec, chosen, self._nbytes)
         rules = Rules(salt=chosen.salt, ttl=chosen.ttl, quota=chosen.quota)
-        tiers = open_tiers(
-            None if chosen.path is None else Path(chosen.path).expanduser(),
-            memory=chosen.memory,
-            disk=chosen.disk,
-            tier=chosen.tier,
-            mac_key=None,
-            replacement=chosen.replacement,
-            watermarks=None,
-            min_free=chosen.min_free,
-        )
+        tiers = chosen.open_tiers()
         self._chunks = ChunkStore(
             tiers,
             identity=identity,

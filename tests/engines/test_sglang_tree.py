@@ -21,7 +21,7 @@ from sglang.test.kits.unified_radix_cache.config import CacheConfig
 
 from kvlib import KVStore
 from kvlib.connectors.sglang import KvlibLinker
-from kvlib.connectors.sglang_config import is_supported
+from kvlib.connectors.sglang_config import VERSIONS
 from kvlib.connectors.sglang_pools import pages_of, verify_pool
 from kvlib.errors import ConfigError, ConnectorError
 from kvlib.keys import BLOCK_TOKENS
@@ -500,10 +500,10 @@ def test_components_and_options_are_checked(model, tmp_path):
 
 
 def test_versions():
-    assert is_supported("0.5.23")
-    assert is_supported("0.5.23+cpu")
+    assert VERSIONS.supports("0.5.23")
+    assert VERSIONS.supports("0.5.23+cpu")
     for other in ("0.5.22", "0.5.24", "0.6.0", "1", "odd"):
-        assert not is_supported(other)
+        assert not VERSIONS.supports(other)
 
 
 def test_latent_pools():
