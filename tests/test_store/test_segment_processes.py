@@ -41,7 +41,7 @@ def test_killed_users_leave_a_whole_store(tmp_path):
     assert report.killed > TRIALS // 2
     assert report.survivors > 0
     assert report.damaged > 0
-    assert report.records > TRIALS // 4  # a slow disk lets workers write little in their time
+    assert report.records > TRIALS // 2  # 299 of 300 were seen on a busy disk
 
 
 def test_the_harness_sees_wrong_bytes(tmp_path, monkeypatch):
