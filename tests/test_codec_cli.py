@@ -241,7 +241,7 @@ def test_text_of_a_container_is_no_markup(kv, tmp_path, monkeypatch):
     """What a stranger wrote into the header is shown and does nothing."""
     from kvlib.codecs import pack
 
-    monkeypatch.setattr(pack, "_version", lambda: "[/b] \x1b[31m")
+    monkeypatch.setattr(pack, "writer_text", lambda: "kvlib [/b] \x1b[31m")
     text = codec("inspect", encoded(kv, tmp_path))
     assert "kvlib [/b] ?[31m" in text
 

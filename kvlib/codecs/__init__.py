@@ -46,6 +46,7 @@ CODECS: "Registry[Codec]" = Registry(
         "int8": "kvlib.codecs.integer:Int8Codec",
         "kvlc": "kvlib.codecs.kvlc:KvlcCodec",
         "kivi": "kvlib.codecs.kivi:KiviCodec",
+        "raw": "kvlib.codecs.raw:RawCodec",
     },
 )
 

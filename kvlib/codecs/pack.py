@@ -23,7 +23,7 @@ from kvlib.errors import ShapeError, UnsupportedInputError
 from kvlib.keys import BlockKey
 from kvlib.spec import DTYPES, EXACT, KVSpec, LayerKind
 
-__all__ = ["KIND_CODES", "check_heads", "codec_flags", "encode_block"]
+__all__ = ["KIND_CODES", "check_heads", "codec_flags", "encode_block", "writer_text"]
 
 KIND_CODES = {LayerKind.FULL: 1, LayerKind.SLIDING: 2, LayerKind.MLA: 3}
 
@@ -106,7 +106,7 @@ def encode_block(
         fidelity=fidelity,
         head_range=head_range,
         profile=caps.profile,
-        writer=f"kvlib {_version()}",
+        writer=writer_text(),
         alignment=alignment,
         mac_key=mac_key,
     )
@@ -163,11 +163,12 @@ def check_heads(
         )
 
 
-def _version() -> str:
+def writer_text() -> str:
+    """What a container says of who wrote it."""
     try:
-        return importlib.metadata.version("kvlib")
+        return f"kvlib {importlib.metadata.version('kvlib')}"
     except importlib.metadata.PackageNotFoundError:  # run from a tree that was never installed
-        return "unknown"
+        return "kvlib unknown"
 
 
 def _layer_shape(spec: KVSpec, layer: LayerKV) -> LayerShape:

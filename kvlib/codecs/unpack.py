@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a container becomes a block, whatever the codec."""
 
+import ctypes
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Executor, wait
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kvlib.blocks import SYNTHETIC, KVBlock, LayerKV
-from kvlib.codecs.base import Codec, CodecCaps
+from kvlib.codecs.base import Codec, CodecCaps, MatrixCodec
 from kvlib.codecs.container import (
     MAX_DECODED_BYTES,
     Buffer,
@@ -61,8 +63,9 @@ def decode_block(
     executor: Executor | None = None,
     mac_key: bytes | None = None,
     max_decoded_bytes: int = MAX_DECODED_BYTES,
+    lend: bool = False,
 ) -> KVBlock:
-    """Decode a container into a block of CPU tensors that alias nothing.
+    """Decode a container into a block of CPU tensors that alias nothing, unless `lend` allows it.
 
     Args:
         data: one container, or one already opened.
@@ -75,6 +78,7 @@ def decode_block(
         executor: decode layers side by side on these threads.
         mac_key: see `kvlib.codecs.container.parse_header`.
         max_decoded_bytes: refuse containers that claim more.
+        lend: give layers that are stored raw as views of `data`, which must not be written to.
 
     Raises:
         CorruptDataError: truncated, flipped or malformed bytes.
@@ -116,10 +120,18 @@ def decode_block(
             f"layers {sorted(set(layers) - {s.layer_idx for s in wanted})} are not in the container"
         )
 
-    layers_out = tuple(
-        _empty_layer(container, spec, shape, None if out is None else out.get(shape.layer_idx))
-        for shape in wanted
-    )
+    lending = lend and isinstance(codec, MatrixCodec)
+    memory = _as_tensor(container.view) if lending else None
+    layers_out: list[LayerKV] = []
+    coded: list[LayerKV] = []
+    for shape in wanted:
+        room = None if out is None else out.get(shape.layer_idx)
+        lent = None
+        if memory is not None and room is None:
+            lent = _lent(container, memory, spec, shape)
+        layers_out.append(_empty_layer(container, spec, shape, lent or room))
+        if lent is None:
+            coded.append(layers_out[-1])
 
     def fill(some: Sequence[LayerKV]) -> None:
         try:
@@ -128,10 +140,11 @@ def decode_block(
             raise CapacityError(f"no memory to decode layer {some[0].layer_idx}") from exc
 
     if executor is None:
-        fill(layers_out)
+        if coded:
+            fill(coded)
     else:
         group: dict[int, list[LayerKV]] = {}
-        for layer in layers_out:
+        for layer in coded:
             group.setdefault(layer.layer_idx // caps.layer_group, []).append(layer)
         futures = [executor.submit(fill, some) for some in group.values()]
         wait(futures)  # also after an error: nothing writes into `out` once this has returned
@@ -139,7 +152,7 @@ def decode_block(
             future.result()
     try:
         block = KVBlock(
-            spec=spec, start=header.start, num_tokens=header.num_tokens, layers=layers_out
+            spec=spec, start=header.start, num_tokens=header.num_tokens, layers=tuple(layers_out)
         )
     except ShapeError as exc:
         if out is not None:
@@ -241,6 +254,41 @@ def _empty_layer(
     except ShapeError as exc:
         raise CorruptDataError(f"malformed side information: {exc}") from exc
     return layer
+
+
+def _as_tensor(view: memoryview) -> Tensor:
+    """Read-only memory as uint8, sharing it."""
+    base = np.frombuffer(view, np.uint8)
+    # torch warns of read-only memory, once for all: this says the same memory is writable.
+    memory: Any = (ctypes.c_ubyte * base.nbytes).from_address(base.ctypes.data)
+    memory.owner = base
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def _lent(container: Container, memory: Tensor, spec: KVSpec, shape: LayerShape) -> LayerOut | None:
+    """Keys and values of a layer where they lie; None where they are coded, or entries are gone."""
+    if container.find(SectionKind.POSITIONS, shape.layer_idx) is not None:
+        return None
+    dtype = getattr(torch, spec.dtype)
+    found: list[Tensor] = []
+    lead = (shape.num_kv_heads, container.header.num_tokens)
+    for kind, width in (
+        (SectionKind.KEYS, shape.channels or shape.k_head_dim),
+        (SectionKind.VALUES, shape.v_head_dim),
+    ):
+        info = container.find(kind, shape.layer_idx)
+        nbytes = prod(lead) * width * dtype.itemsize
+        if info is None or not nbytes == info.stored_bytes == info.raw_bytes:
+            return None
+        if not nbytes:  # MLA has no values
+            found.append(torch.empty((*lead, width), dtype=dtype))
+            continue
+        if not info.flags & SectionFlag.RAW or (memory.data_ptr() + info.offset) % dtype.itemsize:
+            return None
+        container.read(kind, shape.layer_idx)  # verifies it, if nobody did yet
+        part = memory[info.offset : info.offset + nbytes]
+        found.append(part.view(dtype).view(*lead, width))
+    return found[0], found[1]
 
 
 def _check_claims(

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from kvlib.engine_bench.probes import Calls, stall_disk, time_calls
+
 __all__ = ["MARK", "Answer", "main"]
 
 MARK = "@@kvlib "
@@ -25,11 +27,13 @@ class Answer(NamedTuple):
         tokens: generated.
         cached: tokens of the prompt that were not computed.
         seconds: it took.
+        calls: of the connector meanwhile, where they are timed.
     """
 
     tokens: list[int]
     cached: int
     seconds: float
+    calls: Calls = []  # noqa: RUF012 (never changed)
 
 
 Ask = Callable[[Sequence[int], int, "str | None"], Answer]
@@ -155,6 +159,11 @@ _ENGINES = {"vllm": _vllm, "sglang": _sglang, "transformers": _transformers}
 def main() -> None:
     """Answer until standard input ends."""
     name, options = sys.argv[1], json.loads(sys.argv[2])
+    calls: Calls = []
+    if options.get("time_calls"):
+        from kvlib.connectors.vllm import KvlibConnector
+
+        time_calls(KvlibConnector, calls)
     ask, forget, close = _ENGINES[name](options)
 
     def say(value: Any) -> None:
@@ -166,8 +175,11 @@ def main() -> None:
         call = json.loads(line)
         if call.get("forget"):
             forget()
+        if call.get("stall"):
+            stall_disk(call["stall"])
+        calls.clear()
         answer = ask(call["prompt"], call["new"], call.get("salt"))
-        say(answer._asdict())
+        say({**answer._asdict(), "calls": calls})
     close()
     say({"closed": True})
 

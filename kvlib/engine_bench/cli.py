@@ -34,21 +34,23 @@ def engines(
     tokens: Annotated[int, typer.Option(min=200, help="Length of the prompts.")] = 1800,
     repeats: Annotated[int, typer.Option(min=2, help="Of each first token.")] = 10,
     codecs: Annotated[str, typer.Option(help="Codecs to be timed, separated by ';'.")] = "exact",
-    what: Annotated[str, typer.Option(help="matrix, first (tokens), or both.")] = "both",
+    what: Annotated[
+        str, typer.Option(help="matrix, first (tokens), calls (of vLLM's connector), or all.")
+    ] = "all",
     as_json: Annotated[
         Path | None, typer.Option("--json", help="File for all numbers, indented.")
     ] = None,
 ) -> None:
-    """Share one store among engines, and time first tokens; the last line printed is JSON.
+    """Share one store among engines, time first tokens and calls; the last line printed is JSON.
 
     Each engine stores prompts, and every engine, in a new process, reads what each of them stored.
     """
-    from kvlib.engine_bench.engines import find_engines, first_tokens, matrix
+    from kvlib.engine_bench.engines import connector_calls, find_engines, first_tokens, matrix
     from kvlib.machine import environment
     from kvlib.smollm2 import smollm2_folder
 
-    if what not in ("matrix", "first", "both"):
-        raise ConfigError(f"--what {what}: expected matrix, first or both")
+    if what not in ("matrix", "first", "calls", "all"):
+        raise ConfigError(f"--what {what}: expected matrix, first, calls or all")
     found = find_engines(vllm, sglang, site)
     folder = (model or smollm2_folder()).expanduser()
     texts = _prompts(folder, tokens, len(found) + 1)
@@ -56,12 +58,12 @@ def engines(
     errors.print(f"engines: {', '.join(engine.name for engine in found)}")
     results: dict[str, Any] = {"machine": environment(), "model": folder.name}
     with tempfile.TemporaryDirectory() as place:
-        if what != "first":
+        if what in ("matrix", "all"):
             results["matrix"] = matrix(
                 found, folder, Path(place) / "kv", texts[: len(found)], errors.print
             )
             _show_matrix(results["matrix"])
-        if what != "matrix":
+        if what in ("first", "all"):
             results["first_tokens"] = [
                 row
                 for engine in found
@@ -77,6 +79,12 @@ def engines(
                 )
             ]
             _show_first(results["first_tokens"])
+        vllms = [engine for engine in found if engine.name == "vllm"]
+        if what in ("calls", "all") and vllms:
+            results["connector_calls"] = connector_calls(
+                vllms[0], folder, Path(place) / "calls", texts[-2:], errors.print
+            )
+            _show_calls(results["connector_calls"])
     if as_json is not None:
         as_json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     sys.stdout.write(json.dumps(results) + "\n")
@@ -112,7 +120,8 @@ def _show_matrix(cells: list[dict[str, Any]]) -> None:
 
 
 def _show_first(rows: list[dict[str, Any]]) -> None:
-    table = Table("engine", "from", "cached", "computed s", "from store s", "times sooner", "MB")
+    names = ("engine", "from", "cached", "computed s", "from store s", "times sooner", "MB")
+    table = Table(*names, "of ExampleConnector's")
     for row in rows:
         table.add_row(
             row["engine"],
@@ -122,5 +131,18 @@ def _show_first(rows: list[dict[str, Any]]) -> None:
             f"{row['median']:.3f} ({min(row['seconds']):.3f}-{max(row['seconds']):.3f})",
             f"{row['computed_seconds'] / row['median']:.1f}",
             f"{row['stored_bytes'] / 1e6:.0f}",
+            f"{row['of_example']:.2f}" if "of_example" in row else "",
         )
+    console.print(table)
+
+
+def _show_calls(found: dict[str, Any]) -> None:
+    table = Table("ms, vLLM's calls of KvlibConnector", "calls", "median", "99 %", "most")
+    rows = {f"look-up of {found['prompt']} tokens": found["lookup"]}
+    for phase in ("found", "stored"):
+        name = f"disk still for {found['stall_seconds']:.0f} s, a prompt to be {phase}"
+        rows[name] = found[phase]["all"]
+    for name, row in rows.items():
+        spread = (f"{row[key]:.3f}" for key in ("median_ms", "p99_ms", "max_ms"))
+        table.add_row(name, str(row["calls"]), *spread)
     console.print(table)

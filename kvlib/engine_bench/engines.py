@@ -2,11 +2,13 @@
 """Engines as children of this process, and what is measured with them."""
 
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -15,7 +17,7 @@ from kvlib.engine_bench.child import MARK, Answer
 from kvlib.errors import ConfigError, ConnectorError
 from kvlib.model_spec import CACHE_FOLDER
 
-__all__ = ["Child", "Engine", "find_engines", "first_tokens", "matrix"]
+__all__ = ["Child", "Engine", "connector_calls", "find_engines", "first_tokens", "matrix"]
 
 _PAGES = {"transformers": 64, "vllm": 32, "sglang": 16}
 Step = Callable[[str], None]
@@ -71,6 +73,7 @@ class Child:
         store: options of the store.
         connector: ``kvlib``, ``example`` (vLLM's own), or ``none``.
         max_tokens: longest prompt and answer.
+        time_calls: of the connector, which `Answer.calls` has then (vLLM only).
     """
 
     engine: Engine
@@ -78,6 +81,7 @@ class Child:
     store: dict[str, Any]
     connector: str = "kvlib"
     max_tokens: int = 4608
+    time_calls: bool = False
     _process: "subprocess.Popen[str] | None" = None
     _said: list[str] = field(default_factory=list)
 
@@ -88,6 +92,7 @@ class Child:
             "connector": self.connector,
             "max_tokens": self.max_tokens,
             "page_tokens": _PAGES[self.engine.name],
+            "time_calls": self.time_calls,
         }
         env = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         if self.engine.site is not None:
@@ -121,10 +126,19 @@ class Child:
             f"{self.engine.name} ended unexpectedly; its last lines: {''.join(self._said[-20:])}"
         )
 
-    def ask(self, prompt: Sequence[int], *, new: int = 8, forget: bool = True) -> Answer:
-        """Continue a prompt greedily, with the engine's own prefix cache emptied before."""
+    def ask(
+        self, prompt: Sequence[int], *, new: int = 8, forget: bool = True, stall: float = 0
+    ) -> Answer:
+        """Continue a prompt greedily.
+
+        Args:
+            prompt: tokens.
+            new: tokens to generate.
+            forget: empty the engine's own prefix cache before.
+            stall: seconds that the disk stands still from then on.
+        """
         assert self._process is not None and self._process.stdin is not None  # noqa: S101, PT018
-        call = {"prompt": list(prompt), "new": new, "forget": forget}
+        call = {"prompt": list(prompt), "new": new, "forget": forget, "stall": stall}
         self._process.stdin.write(json.dumps(call) + "\n")
         self._process.stdin.flush()
         return Answer(**self._answer())
@@ -205,48 +219,122 @@ def first_tokens(
     repeats: int,
     codecs: Sequence[str],
 ) -> list[dict[str, Any]]:
-    """Seconds to the first token: computed, and from the store by each codec.
+    """Seconds to the first token: computed, and from the store by each codec, memory or disk.
 
-    For vLLM also with its own ExampleConnector, in turn with kvlib, pair by pair.
+    For vLLM also with its own ExampleConnector. All engines are up at once and asked in turns, so
+    what is compared was measured within a second of each other.
     """
-    runs = [
-        (codec, "kvlib", {"path": str(folder / f"kv{i}"), "codec": codec, "memory": "1GiB"})
-        for i, codec in enumerate(codecs)
-    ]
+    runs: list[tuple[str, str, dict[str, Any]]] = []
+    for i, codec in enumerate(codecs):
+        for place, memory in (("memory", "1GiB"), ("disk", 0)):
+            store = {"path": str(folder / f"{place}{i}"), "codec": codec, "memory": memory}
+            runs.append((f"{codec}, {place}", "kvlib", store))
     if engine.name == "vllm":
-        runs.insert(1, ("vLLM's ExampleConnector", "example", {"path": str(folder / "example")}))
-    out: list[dict[str, Any]] = []
+        runs.insert(0, ("vLLM's ExampleConnector", "example", {"path": str(folder / "example")}))
     times: list[list[float]] = [[] for _ in runs]
     cold: list[float] = []
     cached = [0] * len(runs)
-    # One engine at a time takes memory and cores; each is asked in turns of a few.
-    for turn in range(2):
-        for i, (name, connector, store) in enumerate(runs):
-            with Child(engine, model, store, connector=connector) as child:
-                child.ask(prompt[:100], new=1)
-                first = child.ask(prompt, new=1)
-                if turn == 0:
-                    cold.append(first.seconds)
-                child.ask(prompt, new=1)
-                for _ in range(-(-repeats // 2)):
-                    answer = child.ask(prompt, new=1)
-                    times[i].append(answer.seconds)
-                    cached[i] = answer.cached
-            step(f"{engine.name}, {name}")
+    with ExitStack() as stack:
+        children = []
+        for name, connector, store in runs:
+            child = stack.enter_context(Child(engine, model, store, connector=connector))
+            child.ask(prompt[:100], new=1)
+            cold.append(child.ask(prompt, new=1).seconds)
+            child.ask(prompt, new=1)
+            children.append(child)
+            step(f"{engine.name}, {name}: stored")
+        for turn in range(repeats):
+            for i in range(len(runs)):
+                i = (i + turn) % len(runs)
+                answer = children[i].ask(prompt, new=1)
+                times[i].append(answer.seconds)
+                cached[i] = answer.cached
+        step(f"{engine.name}: {repeats} times from each")
+    out: list[dict[str, Any]] = []
     for (name, connector, store), seconds, tokens in zip(runs, times, cached, strict=True):
         path = Path(str(store["path"]))
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        out.append(
-            {
-                "engine": engine.name,
-                "from": name,
-                "connector": connector,
-                "prompt": len(prompt),
-                "cached": tokens,
-                "computed_seconds": statistics.median(cold),
-                "seconds": seconds,
-                "median": statistics.median(seconds),
-                "stored_bytes": size,
-            }
-        )
+        row = {
+            "engine": engine.name,
+            "from": name,
+            "connector": connector,
+            "prompt": len(prompt),
+            "cached": tokens,
+            "computed_seconds": statistics.median(cold),
+            "seconds": seconds,
+            "median": statistics.median(seconds),
+            "stored_bytes": size,
+        }
+        if engine.name == "vllm" and connector == "kvlib":
+            row["of_example"] = statistics.median(
+                mine / theirs for mine, theirs in zip(seconds, times[0], strict=True)
+            )
+        out.append(row)
     return out
+
+
+def connector_calls(
+    engine: Engine,
+    model: Path,
+    folder: Path,
+    prompts: Sequence[Sequence[int]],
+    step: Step,
+    *,
+    stall: float = 5.0,
+    repeats: int = 10,
+) -> dict[str, Any]:
+    """Milliseconds that the connector's calls hold vLLM, also with a disk that stands still.
+
+    Args:
+        engine: vLLM.
+        model: folder of the model.
+        folder: of the store.
+        prompts: two that share nothing.
+        step: told what is done.
+        stall: seconds that the disk stands still: once while a stored prompt is asked for, once
+            while a new one is to be stored.
+        repeats: look-ups that are timed.
+
+    Returns:
+        Of each phase and method: calls, their median, 99th percentile and maximum; and of `lookup`
+        the first call for each request, which asks for its whole prompt.
+    """
+    known, new = prompts
+    ask = "get_num_new_matched_tokens"
+    store = {"path": str(folder), "memory": 0}
+    lookups: list[float] = []
+    out: dict[str, Any] = {"prompt": len(known), "stall_seconds": stall}
+    with Child(engine, model, store, time_calls=True) as child:
+        child.ask(known, new=1)
+        for _ in range(repeats):
+            answer = child.ask(known, new=1)
+            lookups.append(next(seconds for name, seconds in answer.calls if name == ask))
+        out["lookup"] = _spread(lookups)
+        step(f"{repeats} look-ups")
+        answer = child.ask(known, new=8, stall=stall)
+        out["found"] = {"cached": answer.cached, "seconds": answer.seconds, **_all(answer.calls)}
+        step("asked for a stored prompt, with the disk standing still")
+        answer = child.ask(new, new=64, stall=stall)
+        out["stored"] = {"cached": answer.cached, "seconds": answer.seconds, **_all(answer.calls)}
+        step("stored a new prompt, with the disk standing still")
+    return out
+
+
+def _all(calls: Sequence[tuple[str, float]]) -> dict[str, Any]:
+    by_name: dict[str, list[float]] = {}
+    for name, seconds in calls:
+        by_name.setdefault(name, []).append(seconds)
+    return {
+        "all": _spread([seconds for _, seconds in calls]),
+        "methods": {name: _spread(seconds) for name, seconds in sorted(by_name.items())},
+    }
+
+
+def _spread(seconds: Sequence[float]) -> dict[str, float]:
+    ordered = sorted(1e3 * x for x in seconds)
+    return {
+        "calls": len(ordered),
+        "median_ms": statistics.median(ordered),
+        "p99_ms": ordered[min(math.ceil(0.99 * len(ordered)), len(ordered)) - 1],
+        "max_ms": ordered[-1],
+    }

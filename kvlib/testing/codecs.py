@@ -2,6 +2,7 @@
 # ruff: noqa: S101 (these are tests)
 """The tests that every codec passes: an outside codec's author subclasses `CodecContract`."""
 
+import gc
 import itertools
 import weakref
 from collections.abc import Iterator
@@ -319,6 +320,19 @@ class CodecContract:
             data[:] = bytes(len(data))
             data.clear()  # raises BufferError if a view of it were kept
             assert first.equal(third)
+
+    def test_lends_what_is_stored_raw(self, codec: Codec) -> None:
+        """With `lend`, the same numbers; checked as ever, and for as long as somebody uses them."""
+        for name, block in self.blocks(codec):
+            data = self.encode(codec, block)
+            expected = self.decode(codec, data, block.spec)
+            lent = self.decode(codec, bytes(data), block.spec, lend=True)
+            gc.collect()
+            assert lent.equal(expected), name
+            middle = len(data) // 2
+            spoilt = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+            with pytest.raises(CodecError):
+                self.decode(codec, spoilt, block.spec, lend=True)
 
     def test_decodes_into_strided_views(self, codec: Codec) -> None:
         """With `out`, numbers land in the given views and nowhere else."""

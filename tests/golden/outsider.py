@@ -369,7 +369,7 @@ def from_float32(x, dtype):
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2").tobytes()
 
 
-LOSSLESS = ("exact@1", "exact@2")
+LOSSLESS = ("exact@1", "exact@2", "raw@1")
 ROWS, COLUMNS, AS_IS = "rows", "columns", "as it is"
 
 
@@ -458,6 +458,7 @@ def decode_tensor(section, data, codec, layer_idx, lengths, width, dtype):
         return data
     if not size:
         return b""
+    need(codec != "raw@1", "a section that is not raw")
     if codec == "exact@1":
         return decode_exact(data, rows, width, dtype, {0: ROWS, 1: AS_IS})
     if codec == "exact@2":
