@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 DOCS = Path(__file__).parent.parent / "docs"
 STORE = """
 from kvlib.testing.models import random_block, tiny_spec
@@ -37,11 +39,16 @@ def run(*code: str, folder: Path) -> list[str]:
 
 
 def test_the_store(tmp_path):
-    opening, loading, tier, *_ = blocks("store.md")
-    seen = "print(blocks, loaded.num_blocks, keys_.shape[1])\nstore.close()"
-    more = "from kvlib.store.memory import MemoryTier"
-    code = ("import time\nimport kvlib", opening, STORE, loading, seen, more, tier)
-    assert run(*code, folder=tmp_path) == ["10", "10", "640"]
+    opening, loading, abstracts, device, policies, *_ = blocks("store.md")
+    seen = "print(blocks, loaded.num_blocks, keys_.shape[1])"
+    told = "print(found.num_tokens)\nstore.close()"
+    code = ("import time\nimport kvlib", opening, STORE, loading, seen, abstracts, told, policies)
+    assert run(*code, folder=tmp_path) == ["10", "10", "640", "640"]
+    here = "cuda:0" if torch.cuda.is_available() else "cpu"
+    records = "4"  # of the 10 blocks: two chunks of four, and two by themselves
+    filled = f"store = kvlib.KVStore('~/kv')\n{STORE}store.close()\ntoken_ids = range(640)"
+    code = ("import torch\nimport kvlib", filled, device)
+    assert run(*code, folder=tmp_path) == [here, records]
 
 
 def test_decoding_out_of_it(tmp_path, text_model_folder):

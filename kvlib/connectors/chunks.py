@@ -24,7 +24,9 @@ from kvlib.codecs.container import Buffer, Container
 from kvlib.errors import CodecError, ConfigError, IncompatibleDataError, ShapeError
 from kvlib.keys import BlockKey, Namespace, StoreKey, digest
 from kvlib.spec import DTYPES, KVSpec, LayerSpec
+from kvlib.store.cost import CostModel
 from kvlib.store.rules import Rules
+from kvlib.store.stack import TierStack
 from kvlib.store.tier import Tier, TierStats
 
 __all__ = ["ChunkStore", "Row", "chunk_codec"]
@@ -97,6 +99,7 @@ class ChunkStore:
         self._tiers = tuple(tiers)
         self._codec = chunk_codec(codec)
         self._rules = rules
+        self._stack = TierStack(tiers, CostModel(), rules)
         known = DTYPES.get(dtype, DTYPES[_OPAQUE])
         dtype = known.name if nbytes % known.itemsize == 0 else _OPAQUE
         self._dtype: torch.dtype = getattr(torch, dtype)
@@ -152,21 +155,8 @@ class ChunkStore:
             deadline: `time.monotonic()` after which it is not wanted.
         """
         key = self.key(name)
-        for depth, tier in enumerate(self._tiers):
-            size = tier.size(key)
-            if size is None:
-                continue
-            data = np.empty(size, np.uint8).data
-            got = tier.get_into(key, data, deadline=deadline)
-            if got is None:
-                continue
-            record = data[:got].toreadonly()
-            if depth:
-                terms = self._rules.again(tier.terms(key))
-                for above in self._tiers[:depth]:
-                    above.put(key, [record], terms)
-            return self._open(key, record)
-        return None
+        record, _ = self._stack.read(key, deadline)
+        return None if record is None else self._open(key, record)
 
     def _open(self, key: StoreKey, record: memoryview) -> Container | None:
         try:

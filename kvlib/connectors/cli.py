@@ -291,6 +291,7 @@ def why_miss(
     cache_salt: Annotated[str | None, typer.Option(help="The request's cache_salt.")] = None,
     model_id: ModelId = None,
     adapter: Annotated[str, typer.Option(help="Identity of an active adapter.")] = "",
+    ranks: Annotated[int, typer.Option(min=1, help="The engine's tensor-parallel size.")] = 1,
 ) -> None:
     """Explain why the prefix of a prompt is not found in a store.
 
@@ -317,6 +318,7 @@ def why_miss(
             lossless=built.lossless,
             salt=salt,
             cache_salt=cache_salt,
+            ranks=ranks,
         )
     finally:
         store.close()

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Why a prompt's prefix was not found in a store."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from kvlib.codecs.container import MAX_HEADER_BYTES, parse_header
 from kvlib.codecs.header import Header
-from kvlib.connectors.identity import request_salt
+from kvlib.connectors.identity import rank_heads, request_salt
 from kvlib.errors import CodecError, StoreError
 from kvlib.keys import BLOCK_TOKENS, BlockKey, StoreKey, block_keys
 from kvlib.spec import EXACT, KVSpec
+from kvlib.store.heads import HeadRange
 from kvlib.store.kept import Kept
 from kvlib.store.upkeep import problem
 
@@ -61,6 +62,7 @@ def explain(
     salt: str = "",
     cache_salt: str | None = None,
     mac_key: bytes | None = None,
+    ranks: int = 1,
 ) -> tuple[int, list[str]]:
     """How much of a prompt a store would serve, and why not more.
 
@@ -73,10 +75,15 @@ def explain(
         salt: the engine's.
         cache_salt: the request's.
         mac_key: of the records.
+        ranks: the engine's tensor-parallel size: a block is served if all of them have theirs.
 
     Returns:
         Leading blocks that would be served, and sentences.
+
+    Raises:
+        ConfigError: the model's KV heads cannot be dealt out to so many ranks.
     """
+    wanted = list(dict.fromkeys(rank_heads(spec, rank, ranks)[0] for rank in range(ranks)))
     said: list[str] = []
     whole = max(len(tokens) - 1, 0) // BLOCK_TOKENS
     if not whole:
@@ -89,10 +96,12 @@ def explain(
     accepted = {(codec, EXACT)} | (set() if lossless else {(codec, codec)})
     found = 0
     for key in keys:
-        fit = [n for n, h in stock.blocks.get(key, ()) if (h.codec, h.fidelity) in accepted]
-        if not fit:
+        held = stock.blocks.get(key, ())
+        fit = {h.head_range: name for name, h in held if (h.codec, h.fidelity) in accepted}
+        if not fit.keys() >= set(wanted):
             break
-        broken = problem(store, fit[0])
+        problems = (problem(store, fit[heads]) for heads in wanted)
+        broken = next((wrong for wrong in problems if wrong is not None), None)
         if broken is not None:
             said.append(
                 f"Block {found} is stored but its record is damaged ({broken}): it is a miss, and "
@@ -110,8 +119,61 @@ def explain(
         f"{found} of {whole} whole blocks are stored: the first that is missing holds tokens "
         f"{found * BLOCK_TOKENS} to {(found + 1) * BLOCK_TOKENS - 1}."
     )
-    said += _reasons(stock, spec, tokens, keys, found, codec, salt, cache_salt)
+    held = stock.blocks.get(keys[found], ())
+    if held:
+        said += _other_forms([header for _, header in held], spec, wanted, accepted, codec)
+    else:
+        said += _reasons(stock, spec, tokens, keys, found, salt, cache_salt)
     return found, said
+
+
+def _other_forms(
+    held: Sequence[Header],
+    spec: KVSpec,
+    wanted: Sequence[HeadRange],
+    accepted: Collection[tuple[str, str]],
+    codec: str,
+) -> list[str]:
+    """Why a block that is stored is not what the engine asks for: other heads, or another form."""
+    said = []
+    fit = {h.head_range for h in held if (h.codec, h.fidelity) in accepted}
+    missing = [heads for heads in wanted if heads not in fit]
+    most = max(layer.num_kv_heads for layer in spec.layers)
+    if fit:
+        said.append(
+            f"That block is stored for the KV heads {_text(fit, most)} of {most} only, not for "
+            f"{_text(missing, most)}. Each tensor-parallel rank has records of its own, and a hit "
+            "is what all ranks have: say with --ranks how many the engine has. Engines of another "
+            "number share nothing with it."
+        )
+    apart = [
+        h
+        for h in held
+        if (h.codec, h.fidelity) not in accepted and (not fit or h.head_range in missing)
+    ]
+    if apart:
+        ours = {h.head_range for h in apart} & set(missing)
+        forms = sorted(
+            {
+                f"codec {h.codec!r}, fidelity {h.fidelity!r}"
+                + ("" if ours else f", KV heads {_text([h.head_range], most)} of {most}")
+                for h in apart
+                if not ours or h.head_range in ours
+            }
+        )
+        what = f"Its KV heads {_text(ours, most)} are" if fit else "That block is"
+        said.append(
+            f"{what} stored in another form ({', '.join(forms)}); the engine asks for {codec!r}. "
+            "Give both the same codec."
+        )
+    return said
+
+
+def _text(ranges: Iterable[HeadRange], most: int) -> str:
+    """Ranges of KV heads as people write them."""
+    ends = sorted(heads or (0, most) for heads in ranges)
+    texts = [f"{first}-{last - 1}" if last - first > 1 else f"{first}" for first, last in ends]
+    return " and ".join(filter(None, (", ".join(texts[:-1]), texts[-1])))
 
 
 def _reasons(
@@ -120,18 +182,11 @@ def _reasons(
     tokens: Sequence[int],
     keys: Sequence[BlockKey],
     found: int,
-    codec: str,
     salt: str,
     cache_salt: str | None,
 ) -> list[str]:
+    """Why a block is not stored at all."""
     said = []
-    other = stock.blocks.get(keys[found], [])
-    if other:
-        forms = ", ".join(sorted({f"codec {h.codec!r}, fidelity {h.fidelity!r}" for _, h in other}))
-        return [
-            f"That block is stored in another form ({forms}); the engine asks for {codec!r}. Give "
-            "both the same codec."
-        ]
     later = sum(key in stock.blocks for key in keys[found + 1 :])
     if later:
         said.append(

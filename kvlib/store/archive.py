@@ -231,7 +231,11 @@ def _import(
         return
     if entry.terms.ttl is not None and entry.terms.ttl <= 0:
         done.refuse(f"{_shown(entry.name)}: its time is over")
-    elif store.contains_many([key])[0]:
+        return
+    held = store.terms(key)
+    if held is not None and held.ttl is not None and held.ttl <= 0:
+        store.delete(key)  # nobody is served it any more
+    if store.contains_many([key])[0]:
         done.duplicate += 1
     elif store.put(key, [data], entry.terms):
         done.stored += 1

@@ -20,7 +20,6 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from time import monotonic
 from typing import ClassVar
 
 import torch
@@ -32,6 +31,7 @@ from kvlib.spec import KVSpec
 from kvlib.store.records import Layers, copy_layers
 from kvlib.store.replacement import REPLACEMENTS, Replacement, ReplacementState
 from kvlib.store.sizes import parse_bytes
+from kvlib.store.terms import WallClock, is_over
 from kvlib.store.tier import CheckReport, TierStats
 
 __all__ = ["DeviceTier", "Slot"]
@@ -41,12 +41,12 @@ _UNIT = 512
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """Decoded blocks: their keys, all numbers in one tensor, and views of it by layer."""
+    """Decoded blocks: their keys, all numbers in one tensor, views of it by layer, their end."""
 
     keys: tuple[BlockKey, ...]
     flat: Tensor
     layers: Layers
-    until: float | None
+    until: int
 
     @property
     def nbytes(self) -> int:
@@ -116,6 +116,7 @@ class DeviceTier:
     ) -> None:
         self.device = _checked(device)
         self._capacity = parse_bytes(capacity, "device_bytes")
+        self._clock = WallClock()
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._held: dict[StoreKey, _Held] | None = {}
@@ -194,7 +195,7 @@ class DeviceTier:
     def _fresh(self, key: StoreKey) -> _Held | None:
         """What is held under a key, dropped if its time is over."""
         held = self._open().get(key)
-        if held is not None and held.until is not None and monotonic() >= held.until:
+        if held is not None and is_over(held.until, self._clock.now()):
             self._drop(key)
             return None
         return held
@@ -269,7 +270,7 @@ class DeviceTier:
                 self._drop(victim, evicted=True)
             self._coming.add(key)
             self._count(used_bytes=size)
-        until = None if ttl is None else monotonic() + ttl
+        until = self._clock.until(ttl)
         try:
             with torch.cuda.stream(self._stream):
                 flat, layers = _packed(spec, tokens, self.device)

@@ -165,9 +165,9 @@ class FileStore:
 
     def _expire(self, key: StoreKey) -> None:
         """Drop a record whose time is over; it is counted once, by whoever finds it first."""
-        with self._lock:
+        with self._lock:  # for both: in between others would find the file and enter it anew
             self._count(expired=self._forget(key))
-        self._remove([key])
+            self._remove([key])
 
     def _stamp(self) -> int:
         """A file time later than any this store has given; the lock is held."""
@@ -181,6 +181,7 @@ class FileStore:
         found = folder.record_files(self._root)
         if found and not before:  # nobody used it later than now, whatever the clock says
             self._clock.at_least(found[-1][0] // 10**6)
+            self._last_stamp = max(self._last_stamp, found[-1][0])
         for _, key, total in found:
             if key not in before:
                 self._enter(key, total)

@@ -68,20 +68,9 @@ class MemoryTier:
         deadline: float | None = None,
     ) -> int | None:
         """See `Tier.get_into`."""
-        with self._lock:
-            records = self._open()
-            if deadline is not None and monotonic() > deadline:
-                self._count(timeouts=1)
-                return None
-            self._expire(key)
-            data = records.get(key)
-            if data is None:
-                self._count(misses=1)
-                return None
-            if sections is None or sections:
-                self._roster.hit(key)
-            else:
-                self._roster.touch(key)  # somebody looks what it is; reading it comes after
+        data = self._take_note(key, looks=sections is not None and not sections, deadline=deadline)
+        if data is None:
+            return None
         out = memoryview(buf).cast("B")
         spans = [(0, len(data))]
         if sections is not None:
@@ -95,6 +84,37 @@ class MemoryTier:
         with self._lock:
             self._count(hits=1, read_bytes=sum(size for _, size in spans))
         return len(data)
+
+    def lend(self, key: StoreKey, deadline: float | None = None) -> memoryview | None:
+        """A record as it lies here, read-only, for as long as anything refers to it.
+
+        Else as `get_into`: what is dropped meanwhile is no longer counted, but not overwritten.
+        """
+        data = self._take_note(key, deadline=deadline)
+        if data is None:
+            return None
+        with self._lock:
+            self._count(hits=1, read_bytes=len(data))
+        return memoryview(data)
+
+    def _take_note(
+        self, key: StoreKey, *, looks: bool = False, deadline: float | None = None
+    ) -> bytes | None:
+        """A record that somebody reads, or (`looks`) asks what it is: reading it comes after."""
+        with self._lock:
+            records = self._open()
+            if deadline is not None and monotonic() > deadline:
+                self._count(timeouts=1)
+                return None
+            self._expire(key)
+            data = records.get(key)
+            if data is None:
+                self._count(misses=1)
+            elif looks:
+                self._roster.touch(key)
+            else:
+                self._roster.hit(key)
+            return data
 
     def put(self, key: StoreKey, parts: Sequence[Buffer], terms: Terms | None = None) -> bool:
         """See `Tier.put`."""

@@ -8,6 +8,7 @@ from functools import partial
 from threading import Lock
 from typing import TYPE_CHECKING
 
+from kvlib.codecs.header import check_mac_key
 from kvlib.errors import ConfigError, StoreClosedError
 from kvlib.registry import suggest
 from kvlib.store.replacement import Hint
@@ -75,7 +76,7 @@ class Rules:
         tenant: see `tenant_tag`.
 
     Raises:
-        ConfigError: a bad time or size.
+        ConfigError: a bad time, size or key.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Rules:
         ttl: float | str | None = None,
         quota: int | str | None = None,
     ) -> None:
+        check_mac_key(mac_key)
         self.tenant = tenant_tag(salt, mac_key) if salt else NO_TENANT
         self._ttl = None if ttl is None else parse_seconds(ttl, "ttl")
         self._quota = None if quota is None else parse_bytes(quota, "quota")
@@ -105,10 +107,8 @@ class Rules:
             for tier in tiers:
                 tier.trim(self._quota, self.tenant)
 
-    def again(self, terms: Terms | None) -> Terms:
+    def again(self, terms: Terms) -> Terms:
         """Of a record that a tier holds, to be put into another one; its time goes on."""
-        if terms is None:
-            return self.terms()
         return replace(terms, quota=self._quota if terms.tenant == self.tenant else None)
 
 

@@ -16,6 +16,9 @@ __all__ = ["NO_ROOM", "Growth"]
 NO_ROOM = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _RETRY_S = 1.0
 _FIRST_BYTES = 64 << 20  # of the first segment
+_LEAST_SHARE = 16
+"""On a disk that is almost full a segment is at least this part of all before it, so that what
+others free bit by bit does not become a file each time: a few hundred segments are the most."""
 
 
 class Growth:
@@ -56,20 +59,22 @@ class Growth:
         left = min(least, self._segment_granules, capacity - held)
         if segments and time.monotonic() < self._full_until:
             return False
+        floor = min(max(granules, held // _LEAST_SHARE), left)
         if left > 0 and (allowed := self._allowed()) is not None:
             left = min(left, allowed)
-            if left <= 0:
+            if left < floor:
                 self._full_until = time.monotonic() + _RETRY_S
+                return False
         while left > 0:
             try:
                 self._home.files.create(self._ledger.state(txn).segments, left * self._unit)
             except OSError as exc:
                 if exc.errno not in NO_ROOM:
                     return False
-                if left <= granules:
+                if left <= floor:
                     self._full_until = time.monotonic() + _RETRY_S
                     return False
-                left = max(left // 2, granules)  # the disk is smaller than the capacity
+                left = max(left // 2, floor)  # the disk is smaller than the capacity
             else:
                 self._ledger.add_segment(txn, left)
                 return True

@@ -11,14 +11,22 @@ as a whole, so a store opens as fast with many records as with few.
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from kvlib.errors import CorruptDataError
 from kvlib.store.replacement import Hint, Replacement
 from kvlib.store.replacement.roster import Roster
-from kvlib.store.segment_format import EXPIRES, NEVER, Entry, granules_of, peek_expires
+from kvlib.store.segment_format import (
+    EXPIRES,
+    NEVER,
+    Entry,
+    granules_of,
+    peek_entry,
+    peek_expires,
+)
 from kvlib.store.segment_home import Home
+from kvlib.store.segment_index import IndexFaultError
 from kvlib.store.terms import NO_TENANT, NO_TERMS, Terms, WallClock, is_over
 
 __all__ = ["Known"]
@@ -74,7 +82,7 @@ class Known:
         self._early: list[_Use] | None = []  # before the roster was filled; None: it is
         self._pending: dict[bytes, Entry] = {}  # written, not yet in the index
         self._used: dict[bytes, None] = {}  # since the last commit, in order
-        self._over: set[bytes] = set()  # expired, counted, and still to be dropped
+        self._over: dict[bytes, int] = {}  # generations expired, counted, and still to be dropped
         self._pins: Counter[bytes] = Counter()
         self._seen = 0
         self._scanned = 0.0
@@ -167,7 +175,11 @@ class Known:
         return entry
 
     def is_current(self, name: bytes, entry: Entry) -> bool:
-        """Whether the index still names this generation: nobody wrote over it until now."""
+        """Whether the index still names this generation: nobody wrote over it until now.
+
+        Raises:
+            IndexFaultError: the index cannot be read.
+        """
         try:
             now = self.lookup(name)
         except CorruptDataError:
@@ -183,7 +195,7 @@ class Known:
         if all(found):
             return found
         now = 0
-        over = []
+        over: dict[bytes, int] = {}
         for i, name in enumerate(names):
             row = rows[i]
             if found[i] or (row is None and name not in pending):
@@ -192,7 +204,7 @@ class Known:
             if expires and self._expires:
                 now = now or self.clock.now()
                 if is_over(expires, now):
-                    over.append(name)
+                    over[name] = (pending[name] if row is None else peek_entry(row)).generation
                     continue
             found[i] = True
         if over:
@@ -203,16 +215,33 @@ class Known:
         """Whether a record's time is over; then it is counted, and dropped soon."""
         if not entry.expires or not self._expires or not entry.is_over(self.clock.now()):
             return False
-        self._notice([name])
+        self._notice({name: entry.generation})
         return True
 
-    def _notice(self, names: list[bytes]) -> None:
+    def _notice(self, met: Mapping[bytes, int]) -> None:
+        """Count these generations as expired and drop them soon.
+
+        What was dropped since it was met was counted by then, or is by whoever drops it: that
+        happens under this lock, too, and after it is gone from the index.
+        """
         with self._lock:
-            new = set(names) - self._over
+            new = {
+                name: generation
+                for name, generation in met.items()
+                if self._over.get(name) != generation and self._is_there(name, generation)
+            }
             self._over |= new
             self.expired += len(new)
         if new:
             self._nudge()  # not here: a reader does not wait for the index's writers
+
+    def _is_there(self, name: bytes, generation: int) -> bool:
+        """Whether a generation is still to be dropped; if in doubt, whoever drops it finds out."""
+        try:
+            now = self.lookup(name)
+        except (CorruptDataError, IndexFaultError):
+            return True
+        return now is not None and now.generation == generation
 
     def held(self) -> tuple[int, int]:
         """Records and granules held."""
@@ -280,7 +309,6 @@ class Known:
             self._roster.remove(name, evicted=evicted)
             self._generations.pop(name, None)
         self._used.pop(name, None)
-        self._over.discard(name)
 
     def missed(self, name: bytes) -> None:
         """A record is not there (any more)."""

@@ -211,12 +211,12 @@ class Room(Known):
         """These were dropped to make room, in a transaction that is committed."""
         with self._lock:
             for name in names:
-                if name not in self._over:  # else it was counted when it was noticed
-                    over = self._roster.is_over(name)
-                    self.expired += over
-                    self.evicted += not over
+                counted = self._over.pop(name, None) is not None  # when it was noticed
+                over = counted or self._roster.is_over(name)
+                self.expired += over and not counted
+                self.evicted += not over
                 if name not in self._pending:
-                    self._forget(name, evicted=True)
+                    self._forget(name, evicted=not over)
 
     def _make_room(
         self,
@@ -293,19 +293,35 @@ class Room(Known):
     def trim(self, granules: int, tenant: bytes | None = None) -> int:
         """Drop records until all, or a tenant's, hold no more granules; how many went.
 
+        It is noted as that tenant's quota. Where nothing has to go, only its account is read.
+
         Raises:
             IndexFaultError: the index cannot be written.
         """
-        self.rescan()
+        with self._index.read() as txn:
+            beyond = self._used_by(txn, tenant) > granules
+            account = Account() if tenant is None else self._ledger.accounts.get(txn, tenant)
+        noted = not account.used or account.quota == granules
+        if beyond:
+            self.rescan()
         total = 0
-        while True:
+        while beyond or not noted:
             dropped: list[bytes] = []
             with self._write() as txn:
+                if tenant is not None and not noted:
+                    self._ledger.accounts.charge(txn, tenant, 0, granules)
                 self._drop_until(txn, granules, dropped, tenant, _TRIM_RECORDS)
             self._gone(dropped)
             total += len(dropped)
-            if len(dropped) < _TRIM_RECORDS:
-                return total
+            noted = True
+            beyond = len(dropped) == _TRIM_RECORDS
+        return total
+
+    def _used_by(self, txn: "lmdb.Transaction[bytes]", tenant: bytes | None) -> int:
+        """Granules that all records hold, or a tenant's."""
+        if tenant is None:
+            return self._ledger.state(txn).used
+        return self._ledger.accounts.get(txn, tenant).used
 
     def _drop_until(
         self,
@@ -315,13 +331,9 @@ class Room(Known):
         tenant: bytes | None = None,
         most: int | None = None,
     ) -> None:
-        def beyond() -> int:
-            if tenant is None:
-                return self._ledger.state(txn).used - granules
-            return self._ledger.accounts.get(txn, tenant).used - granules
-
-        victims = self._victims(beyond(), self._leases, insist=True, tenant=tenant)
-        while beyond() > 0 and len(dropped) != most:
+        beyond = self._used_by(txn, tenant) - granules
+        victims = self._victims(beyond, self._leases, insist=True, tenant=tenant)
+        while self._used_by(txn, tenant) > granules and len(dropped) != most:
             name = next(victims, None)
             if name is None:
                 return
@@ -375,7 +387,7 @@ class Room(Known):
         """A reserved record has its bytes: readers of this process find it from now on."""
         with self._lock:
             self._pending[name] = entry
-            self._over.discard(name)
+            self._over.pop(name, None)
             self._insert(name, entry, hint)
             self._mark(name)
 
@@ -394,7 +406,7 @@ class Room(Known):
         with self._lock:
             order: dict[bytes, Entry | None] = dict.fromkeys(self._used)
             self._used = {}
-            over = list(self._over)
+            over = dict(self._over)
             if not order and not group and not self._owed and not over:
                 return True
             due = self._is_due()
@@ -419,7 +431,9 @@ class Room(Known):
         if worked:
             self._gone(dropped)
             with self._lock:
-                self._over.difference_update(over)
+                for name, generation in over.items():  # others dropped it, or wrote it anew
+                    if self._over.get(name) == generation:
+                        del self._over[name]
         if due:
             with suppress(IndexFaultError):
                 self.rescan()

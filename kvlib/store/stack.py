@@ -11,6 +11,7 @@ from kvlib.codecs.container import Buffer
 from kvlib.keys import StoreKey
 from kvlib.store.cost import CostModel
 from kvlib.store.flight import SingleFlight
+from kvlib.store.memory import MemoryTier
 from kvlib.store.replacement import Hint
 from kvlib.store.rules import Rules
 from kvlib.store.terms import Terms
@@ -36,32 +37,38 @@ class TierStack:
         self._cost = cost
         self._flight = SingleFlight()
 
-    def read(self, key: StoreKey, deadline: float | None = None) -> tuple[memoryview | None, bool]:
+    def read(
+        self, key: StoreKey, deadline: float | None = None, *, up: bool = True
+    ) -> tuple[memoryview | None, bool]:
         """A record's verified bytes, and whether another caller's read gave them.
 
-        They are put into the tiers above the one that had them. Concurrent reads are one.
+        They are put into the tiers above the one that had them, unless `up` says no. Concurrent
+        reads are one.
         """
         while True:
-            data, shared = self._flight.run(("get", key), lambda: self._read(key, deadline))
+            data, shared = self._flight.run(("get", key), lambda: self._read(key, deadline, up=up))
             if data is not None or not shared or (deadline is not None and monotonic() > deadline):
                 return data, shared
             # Another caller's read, which may have had less time than we have.
 
-    def _read(self, key: StoreKey, deadline: float | None) -> memoryview | None:
+    def _read(self, key: StoreKey, deadline: float | None, *, up: bool) -> memoryview | None:
         for depth, tier in enumerate(self.tiers):
             size = tier.size(key)
             if size is None:
                 continue
-            data = np.empty(size, np.uint8).data
             begun = perf_counter()
-            got = tier.get_into(key, data, deadline=deadline)
-            if got is None:
+            if isinstance(tier, MemoryTier):
+                view = tier.lend(key, deadline)
+            else:
+                data = np.empty(size, np.uint8).data
+                got = tier.get_into(key, data, deadline=deadline)
+                view = None if got is None else data[:got].toreadonly()
+            if view is None:
                 continue
-            self._cost.read(tier.name, got, perf_counter() - begun)
-            view = data[:got].toreadonly()
-            if depth:
-                terms = self._rules.again(tier.terms(key))
-                for above in self.tiers[:depth] if terms.ttl is None or terms.ttl > 0 else ():
+            self._cost.read(tier.name, view.nbytes, perf_counter() - begun)
+            if depth and up:
+                terms = self.terms(key)
+                for above in self.tiers[:depth] if terms is not None else ():
                     above.put(key, [view], terms)
             return view
         return None
@@ -84,8 +91,7 @@ class TierStack:
 
         Without terms, it is kept on those on which another tier has it, else on the store's.
         """
-        if terms is None:
-            terms = self._rules.again(self._known_terms(key))
+        terms = terms or self.terms(key) or self._rules.terms()
         held = [
             tier.put(key, parts, terms)
             for tier in reversed(self.tiers)
@@ -101,16 +107,16 @@ class TierStack:
         """Whether there is a tier of that kind."""
         return any(tier.persistent == persistent for tier in self.tiers)
 
-    def ttl(self, key: StoreKey) -> float | None:
-        """Seconds for which a record may still be served; None for ever."""
-        terms = self._known_terms(key)
-        return None if terms is None else terms.ttl
+    def terms(self, key: StoreKey) -> Terms | None:
+        """On what terms a record is put where it is not yet; None if no tier may serve it now.
 
-    def _known_terms(self, key: StoreKey) -> Terms | None:
+        Who has read a record asks afterwards: if it is gone by then, nobody knows when its time is
+        over, and it must not be kept anywhere.
+        """
         for tier in self.tiers:
             terms = tier.terms(key)
             if terms is not None and (terms.ttl is None or terms.ttl > 0):
-                return terms
+                return self._rules.again(terms)
         return None
 
     def touch(self, keys: Sequence[StoreKey], hint: Hint | None = None) -> None:

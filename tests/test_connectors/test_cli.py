@@ -137,6 +137,7 @@ def test_a_prompt_that_hits(stored, tmp_path):
         (lambda ids: ids, ("--dtype", "bfloat16"), "other weights, dtype or RoPE"),
         (lambda ids: ids, ("--model-id", "x"), "no record of this model"),
         (lambda ids: ids, ("--codec", "int8"), "another form"),
+        (lambda ids: ids, ("--ranks", "2"), "KV heads 0-1 of 2 only, not for 0 and 1"),
         (lambda ids: [8, *ids], (), "never stored"),
     ],
 )

@@ -14,6 +14,7 @@ from kvlib import KVStore
 from kvlib.errors import ConfigError, StoreClosedError
 from kvlib.keys import BlockKey, StoreKey
 from kvlib.store import loads
+from kvlib.store import terms as clocks
 from kvlib.store.device import DeviceTier
 from kvlib.testing.models import random_block, tiny_spec
 
@@ -296,6 +297,19 @@ def test_what_has_a_time_is_not_served_after_it():
     assert tier.stats().used_bytes == 0
     assert put(tier, key, (key.block,), 2.0, ttl=60.0)
     assert fetch(tier, key, (key.block,), 64) == {2.0}
+
+
+def test_time_passes_on_the_device_while_the_machine_sleeps(monkeypatch):
+    """As in all tiers; setting the clock changes nothing."""
+    elapsed, wall = clocks._elapsed_ms(), clocks._wall_ms()
+    monkeypatch.setattr(clocks, "_elapsed_ms", lambda: elapsed)
+    tier = DeviceTier("cpu", "1MiB")
+    (key,) = names(1)
+    assert put(tier, key, (key.block,), 1.0, ttl=60)
+    monkeypatch.setattr(clocks, "_wall_ms", lambda: wall + 10**9)
+    assert tier.record_keys(key) == (key.block,)
+    monkeypatch.setattr(clocks, "_elapsed_ms", lambda: elapsed + 60_000)
+    assert tier.record_keys(key) is None
 
 
 def test_a_record_s_time_holds_on_the_device_too():

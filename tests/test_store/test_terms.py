@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times to live, tenants and quotas: the pieces, and every tier against a model of them."""
 
+import errno
+import random
 import shutil
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import lmdb
@@ -11,8 +15,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from kvlib import KVStore
 from kvlib.errors import ConfigError, CorruptDataError, UnknownPluginError
+from kvlib.store import segment_growth
 from kvlib.store import terms as clocks
+from kvlib.store.blockio import SegmentFiles
+from kvlib.store.cost import CostModel
 from kvlib.store.files import FileStore
 from kvlib.store.memory import MemoryTier
 from kvlib.store.replacement import REPLACEMENTS, Hint
@@ -20,7 +28,9 @@ from kvlib.store.replacement.roster import Roster
 from kvlib.store.segment_ledger import Ledger
 from kvlib.store.segments import SegmentStore
 from kvlib.store.sizes import parse_seconds
+from kvlib.store.stack import TierStack
 from kvlib.store.terms import NO_TENANT, Terms, WallClock, tenant_tag
+from kvlib.testing.models import random_block, tiny_spec
 from kvlib.testing.records import make_record
 from kvlib.testing.tiers import read
 
@@ -281,6 +291,155 @@ def test_what_expires_before_it_is_published(tmp_path, monkeypatch):
         assert store.check().ok
     with SegmentStore(tmp_path / "kv", capacity=20 * PAGE) as store:
         assert read(store, record[0]) == b"".join(record[1])
+
+
+def test_what_is_met_while_it_is_dropped_is_counted_once(tmp_path, monkeypatch):
+    """By readers that found its row before it went, also when the name was given away again."""
+    now = clocks._elapsed_ms()
+    monkeypatch.setattr(clocks, "_elapsed_ms", lambda: now)
+    monkeypatch.setattr("kvlib.store.segment_commit._GROUP_S", 1e6)
+    (key, parts), (other, _) = make_record(1), make_record(2)
+    name = key.to_bytes()
+    with SegmentStore(tmp_path / "kv", capacity=20 * PAGE) as store:
+        monkeypatch.setattr(store._room, "_nudge", lambda: None)  # dropped when we say so
+
+        def put(ttl):
+            assert store.put(key, parts, Terms(ttl=ttl))
+            store._commit.flush()
+            return store._room.lookup(name)
+
+        first = put(1)
+        now += 1000
+        assert store.contains_many([key, other]) == [False, False]
+        assert store._room.is_over(name, first)
+        assert store.stats().expired == 1
+        store._room.publish([])  # drops it
+        assert store._room.is_over(name, first)
+        assert store.stats().expired == 1
+        second = put(1)
+        assert store._room.is_over(name, first)
+        assert not store._room.is_over(name, second)
+        assert store.stats().expired == 1
+        now += 1000
+        assert store._room.is_over(name, first)
+        assert store.stats().expired == 1
+        assert store._room.is_over(name, second)
+        assert store.stats().expired == 2
+        put(None)  # in its place
+        assert store._room.is_over(name, second)
+        assert store.stats().expired == 2
+        assert read(store, key) == b"".join(parts)
+
+
+@pytest.mark.parametrize("kind", ["file", "segment"])
+def test_many_readers_count_an_expired_record_once(tmp_path, kind):
+    """However they meet it."""
+    records = [make_record(seed, size=100) for seed in range(24)]
+    with TIERS[kind](tmp_path / "kv", capacity=100 * PAGE) as store, ThreadPoolExecutor(6) as pool:
+        for key, parts in records:
+            assert store.put(key, parts, Terms(ttl=0.05))
+
+        def meet(seed):
+            choose = random.Random(seed)
+            while time.monotonic() < until:
+                key = choose.choice(records)[0]
+                choose.choice([store.size, store.terms, lambda k: store.contains_many([k])])(key)
+                read(store, key)
+
+        until = time.monotonic() + 0.6
+        list(pool.map(meet, range(6)))
+        assert store.contains_many([key for key, _ in records]) == [False] * 24
+        assert store.stats().expired == 24
+
+
+class Fleeting(FileStore):
+    """Drops what was read: others saw that its time is over, or needed its room."""
+
+    def get_into(self, key, *args, **settings):
+        got = super().get_into(key, *args, **settings)
+        self.delete(key)
+        return got
+
+
+def test_what_is_gone_when_its_time_is_asked_for_stays_in_no_other_tier(tmp_path):
+    """It is served this once: in a faster tier it would have no end any more."""
+    key, parts = make_record(1)
+    with Fleeting(tmp_path) as disk, MemoryTier("1MiB") as memory:
+        stack = TierStack([memory, disk], CostModel())
+        disk.put(key, parts, Terms(ttl=60))
+        assert stack.terms(key).ttl == pytest.approx(60, abs=20)
+        assert stack.read(key)[0] == b"".join(parts)
+        assert memory.contains_many([key]) == [False]
+        assert stack.terms(key) is None
+
+
+@pytest.mark.parametrize("lost", ["device", "disk"])
+def test_nor_does_a_store_keep_it_elsewhere(tmp_path, monkeypatch, lost):
+    """Neither decoded, nor on disk where only memory had it."""
+    spec = tiny_spec()
+    with KVStore(tmp_path, device="cpu") as store:
+        keys = store.block_keys(spec, range(256))
+        store.put(spec, keys, random_block(spec, 256), ttl=60)
+        memory, disk = store._stack.tiers
+        (key,) = disk.keys()
+        if lost == "disk":
+            assert disk.delete(key)
+
+        lend = memory.lend
+
+        def lend_last(key, *args):
+            found = lend(key, *args)
+            for tier in (memory, disk):
+                tier.delete(key)
+            return found
+
+        monkeypatch.setattr(memory, "lend", lend_last)
+        if lost == "device":
+            assert store.load(spec, keys).num_blocks == 4
+        else:
+            store._writer.copy_down([key])
+        assert store.match(spec, keys) == 0
+        assert store.load(spec, keys).num_blocks == 0
+
+
+def test_files_keep_their_order_when_the_clock_is_set_back(tmp_path, monkeypatch):
+    """What is used after that is used last, also for who opens the folder then."""
+    records = [make_record(seed) for seed in range(4)]
+    now = time.time_ns()
+    for ago, some in ((0, records[:2]), (86400, records[2:])):
+        monkeypatch.setattr(time, "time_ns", lambda ago=ago: now - 10**9 * ago)
+        with FileStore(tmp_path) as store:
+            for record in some:
+                assert store.put(*record)
+    with FileStore(tmp_path) as store:
+        assert list(store.keys()) == [key for key, _ in records]
+
+
+@pytest.mark.parametrize("short", ["min_free", "ENOSPC"])
+def test_the_rests_of_a_full_disk_make_no_segments(tmp_path, monkeypatch, short):
+    """Somebody frees four pages again and again: that is no file each time."""
+    left = 20 * PAGE
+    allocate = SegmentFiles.create
+
+    def create(self, number, nbytes):
+        nonlocal left
+        if nbytes > left:
+            raise OSError(errno.ENOSPC, "no room")
+        left -= nbytes
+        allocate(self, number, nbytes)
+
+    if short == "ENOSPC":
+        monkeypatch.setattr(SegmentFiles, "create", create)
+    monkeypatch.setattr(segment_growth, "free_bytes", lambda _: (1 << 30) + left)
+    monkeypatch.setattr(segment_growth, "_RETRY_S", 0.0)
+    with SegmentStore(
+        tmp_path, capacity="1GiB", granule=PAGE, min_free=(1 << 30) if short == "min_free" else 0
+    ) as store:
+        for seed in range(300):
+            assert store.put(*make_record(seed, size=5000))
+            left = 4 * PAGE
+        assert len(list(tmp_path.glob("*.kv"))) < 25
+        assert store.check().ok
 
 
 CAPACITY = 24 * PAGE
