@@ -77,7 +77,7 @@ def test_index_and_mixed_load_are_there(results):
         assert 0 < row["min"] <= row["median"] <= row["max"]
     assert index["restart_s"].keys() == {"clean", "unclean", "index_lost"}
     for row in index["restart_s"].values():
-        assert row["per_10k_records"] == pytest.approx(row["median"] * 10_000 / 256)
+        assert 0 < row["min"] <= row["median"] <= row["max"]
     for what in ("segment", "raw"):
         row = found["mixed"][what]
         assert row["written_mb_per_s"] >= 0

@@ -112,9 +112,9 @@ def _show(results: dict[str, Any]) -> None:
     )
     restart = index["restart_s"]
     say(
-        f"Restart with {index['records']:,} records, seconds per 10,000: "
+        f"Restart with {index['records']:,} records, seconds: "
         + ", ".join(
-            f"{restart[name]['per_10k_records']:.3f} {text}"
+            f"{restart[name]['median']:.4f} {text}"
             for name, text in (
                 ("clean", "closed before"),
                 ("unclean", "not closed"),

@@ -25,7 +25,6 @@ INDEX_STEPS = 5
 _RECORD_BYTES = 12 << 10  # one granule with its header page
 _LAYERS = 16
 _LOOKUPS = 100
-_PER = 10_000
 
 
 def abandon(path: str, capacity: int, number: int) -> None:
@@ -88,7 +87,7 @@ def measure_index(
         "records": records,
         "lookup": lookups,
         "restart_s": {
-            name: {**spread(found), "per_10k_records": spread(found)["median"] * _PER / records}
+            name: spread(found)
             for name, found in (("clean", clean), ("unclean", unclean), ("index_lost", lost))
         },
     }
