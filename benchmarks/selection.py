@@ -157,7 +157,7 @@ def recall(model: Model, kv: dict[str, Tensor], context: int, args: Any) -> list
                 text = f"{name}{join}leaf={leaf},sinks={SINKS},recent={RECENT}"
                 method = SELECTORS.build(text)
                 # Of one layer, with the summary's fixed parts counted in full.
-                state = method.open(shape)
+                state = method.open_layers(shape, model.layers)[layer]
                 for first in range(0, context, PIECE):
                     some = slice(first, min(first + PIECE, context))
                     state.append(keys[:, some], kv[f"q{layer}"][:, some])

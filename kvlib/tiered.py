@@ -19,13 +19,13 @@ to grow. What one layer works with comes on top: the leaves it attends to at a t
 import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from kvlib.artefacts import model_identity
 from kvlib.attention import Logits
 from kvlib.blocks import KVBlock
 from kvlib.cache_columns import Columns, NewColumns
@@ -43,6 +43,7 @@ from kvlib.store.store import KVStore
 from kvlib.tiered_attention import Part, attend_part, join
 from kvlib.tiered_guess import QueryGuess
 from kvlib.tiered_layers import SPARE, Newest, TieredLayer
+from kvlib.tiered_prompts import Prompts, TieredReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,21 +51,6 @@ if TYPE_CHECKING:
 __all__ = ["TieredCache", "TieredReport"]
 
 _STAGING_LEAVES = 64
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TieredReport:
-    """What `TieredCache.prefill` did.
-
-    Attributes:
-        restored_tokens: taken from the store.
-        computed_tokens: run through the model.
-        stored_blocks: blocks of 64 tokens that were stored.
-    """
-
-    restored_tokens: int
-    computed_tokens: int
-    stored_blocks: int
 
 
 class TieredCache(Cache, HookedCache):
@@ -116,6 +102,8 @@ class TieredCache(Cache, HookedCache):
         self._model = model
         self._decoder = decoder_of(model)
         self._method = SELECTORS.build(select)
+        self._method.check_model(model_identity(self.spec))
+        self._prompts = None if store is None else Prompts(store, self.spec, self._method.form)
         self._sparse = isinstance(self._method, BudgetedSelector)
         heads = model.config.get_text_config(decoder=True).num_attention_heads
         # Queries are given to it as they count: times the scale that the model's attention has.
@@ -388,7 +376,7 @@ class TieredCache(Cache, HookedCache):
         Args:
             input_ids: int [T] or [1, T].
             chunk_tokens: run the model over that many tokens at a time, a multiple of 64.
-            save: store new blocks.
+            save: store new blocks, and abstracts.
             progress: called with (tokens done, tokens in all) after each piece.
 
         Raises:
@@ -407,7 +395,7 @@ class TieredCache(Cache, HookedCache):
         total = len(ids) - 1
         keys = self._keys(ids[:total])
         try:
-            done, fidelity = self._restore(keys, ids, total, progress)
+            done, summed, fidelity = self._restore(keys, ids, total, save, progress)
         except BaseException:
             self._failed = True  # layers may differ in what they took
             raise
@@ -415,7 +403,7 @@ class TieredCache(Cache, HookedCache):
         embedding: Any = self._model.get_input_embeddings()
         while done < total:
             count = min(chunk_tokens - done % chunk_tokens, total - done)
-            self._saving = [] if save and self.store is not None else None
+            self._saving = [] if save and self._prompts is not None else None
             chunk = ids[None, done : done + count].to(embedding.weight.device)
             self._filling = True
             try:
@@ -427,7 +415,10 @@ class TieredCache(Cache, HookedCache):
             if progress is not None:
                 progress(done, total)
         return TieredReport(
-            restored_tokens=restored, computed_tokens=total - restored, stored_blocks=stored
+            restored_tokens=restored,
+            abstract_tokens=summed,
+            computed_tokens=total - restored,
+            stored_blocks=stored,
         )
 
     def _restore(
@@ -435,28 +426,42 @@ class TieredCache(Cache, HookedCache):
         keys: Sequence[BlockKey],
         ids: Tensor,
         total: int,
+        save: bool,
         progress: Callable[[int, int], None] | None,
-    ) -> tuple[int, str]:
-        """Take what the store has; the tokens, and their fidelity."""
-        done, fidelity = 0, EXACT
-        if self.store is None or self._method.needs_queries:  # the store has no queries
-            return done, fidelity
-        for loaded in self.store.load_pieces(self.spec, keys):
-            block = loaded.block
-            if block is None:
-                break
-            self._fill(ids[done : block.stop], [(x.keys, x.values, None) for x in block.layers])
+    ) -> tuple[int, int, str]:
+        """Take what the store has: tokens, those that came with abstracts, and their fidelity."""
+        done, summed, fidelity = 0, 0, EXACT
+        if self._prompts is None or self._method.needs_queries:  # the store has no queries
+            return done, summed, fidelity
+        for loaded, block, abstracts in self._prompts.load(keys):
+            rows = () if abstracts is None else abstracts.layers
+            layers = [(x.keys, x.values, None) for x in block.layers]
+            self._fill(ids[done : block.stop], layers, rows)
+            if save:
+                take = self._selection.take
+                self._prompts.save_restored(keys, loaded, block, abstracts, take)
             done = block.stop
+            summed += 0 if abstracts is None else abstracts.num_tokens
             fidelity = loaded.fidelity if loaded.fidelity != EXACT else fidelity
             if progress is not None:
                 progress(done, total)
-        return done, fidelity
+        return done, summed, fidelity
 
-    def _fill(self, ids: Tensor, layers: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> None:
-        """Take the next tokens without a pass: keys, values and scaled queries of all layers."""
+    def _fill(
+        self,
+        ids: Tensor,
+        layers: Sequence[tuple[Tensor, Tensor, Tensor | None]],
+        abstracts: Sequence[Tensor] = (),
+    ) -> None:
+        """Take the next tokens without a pass: keys, values and scaled queries of all layers.
+
+        Of the first of these tokens there may be `abstracts` of all layers: their keys are not
+        looked at.
+        """
         for index, (keys, values, queries) in enumerate(layers):
             self._newest[index].append(keys, values)
-            self._selection.append(index, keys, queries)
+            known = self._selection.extend(index, abstracts[index]) if abstracts else 0
+            self._selection.append(index, keys[:, known:], queries)
             self._seal(index)
             self._shrink()
         new = self._columns.read({"input_ids": ids[None]})
@@ -467,7 +472,7 @@ class TieredCache(Cache, HookedCache):
     def _save(self, keys: Sequence[BlockKey], done: int, fidelity: str) -> int:
         """Store the whole blocks of a piece that begins at token `done`."""
         saving, self._saving = self._saving, None
-        if not saving or self.store is None:
+        if not saving or self._prompts is None:
             return 0
         tokens = saving[0][0].shape[1] // BLOCK_TOKENS * BLOCK_TOKENS
         if not tokens or done % BLOCK_TOKENS:
@@ -475,7 +480,7 @@ class TieredCache(Cache, HookedCache):
         block = KVBlock.dense(
             self.spec, [(k[:, :tokens], v[:, :tokens]) for k, v in saving], start=done
         )
-        return self.store.put(self.spec, keys, block, fidelity=fidelity).stored_blocks
+        return self._prompts.save(keys, block, fidelity, self._selection.take)
 
     def reset(self) -> None:
         """Refused: make a new one."""

@@ -265,6 +265,7 @@ FLOORS = (
         "tiered_attention",
         "tiered_guess",
         "tiered_layers",
+        "tiered_prompts",
     },
     {
         "calibration",

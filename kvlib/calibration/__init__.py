@@ -24,6 +24,7 @@ __all__ = ["CALIBRATIONS", "Progress", "calibrate", "writable_file"]
 _LARGEST_SEED = 2**62  # less than what torch takes: calibrations count on from it
 
 CALIBRATIONS = {
+    "abstracts": "kvlib.calibration.abstracts",
     "cachegen": "kvlib.calibration.cachegen",
     "codec": "kvlib.calibration.codec",
     "epicache": "kvlib.calibration.epicache",
@@ -31,7 +32,8 @@ CALIBRATIONS = {
     "lazy": "kvlib.calibration.lazy",
     "razor": "kvlib.calibration.razor",
 }
-"""Module of each policy and codec that can be calibrated; "codec" is `kvlc`."""
+"""Module of each policy, codec or selector that can be calibrated: "codec" is `kvlc`, "abstracts"
+are `leoam`'s."""
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Told how much is done, and of how much."""

@@ -30,6 +30,34 @@ DeviceOption = Annotated[str, typer.Option(help="Of torch: cpu, cuda, ...")]
 
 
 @app.command()
+def abstracts(
+    model: ModelOption,
+    out: OutOption,
+    codes: Annotated[int, typer.Option(help="Bytes of a coded key.")] = 8,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="A document like those the model will read; give it several times."),
+    ] = None,
+    prompts: Annotated[int, typer.Option(help="Texts to read.")] = 4,
+    tokens: Annotated[
+        int, typer.Option(help="Tokens of each, as long as contexts; at most what the model reads.")
+    ] = 4096,
+    samples: Annotated[int, typer.Option(help="Keys of a layer to fit its codebook to.")] = 8192,
+    seed: Annotated[int, typer.Option(help="Of the order of texts, and of first centroids.")] = 0,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "cpu",
+) -> None:
+    """Fit codebooks to keys as queries see them, for the selector leoam (needs faiss)."""
+    from kvlib.calibration.documents import read_documents
+
+    options = {
+        "codes": codes, "prompts": prompts, "tokens": tokens, "samples": samples, "seed": seed,
+        "texts": None if text is None else read_documents(text),
+    }  # fmt: skip
+    _run("abstracts", model, out, dtype, device, options, {"codes": codes}, method="leoam")
+
+
+@app.command()
 def razor(
     model: ModelOption,
     out: OutOption,

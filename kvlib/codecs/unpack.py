@@ -34,7 +34,7 @@ from kvlib.errors import (
 )
 from kvlib.spec import DTYPES, KVSpec, storage_digest
 
-__all__ = ["LayerOut", "decode_block"]
+__all__ = ["LayerOut", "decode_block", "lies_in"]
 
 _DTYPE_NAMES = {dtype.code: dtype.name for dtype in DTYPES.values()}
 
@@ -263,6 +263,16 @@ def _as_tensor(view: memoryview) -> Tensor:
     memory: Any = (ctypes.c_ubyte * base.nbytes).from_address(base.ctypes.data)
     memory.owner = base
     return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def lies_in(block: KVBlock, view: memoryview) -> bool:
+    """Whether all numbers of a block lie in that memory."""
+    first = np.frombuffer(view, np.uint8).ctypes.data
+    return all(
+        not x.numel() or first <= x.data_ptr() < first + view.nbytes
+        for layer in block.layers
+        for x in (layer.keys, layer.values)
+    )
 
 
 def _lent(container: Container, memory: Tensor, spec: KVSpec, shape: LayerShape) -> LayerOut | None:

@@ -14,7 +14,12 @@ keys. With centre a = (lo + hi) / 2 and half-range h = (hi - lo) / 2 they give t
 whose weight 1 is Quest's bound (arXiv 2406.10774), never below the greatest q . k in the leaf. The
 bound overrates leaves with one stray channel; a weight of 0.5 ranks them better. lo and hi are
 stored, not a and h, and rounded outwards, so weight 1 is a bound in each of the storage types.
+
+Abstracts can be taken out as bytes and put back (`take`, `extend`): a store keeps them beside the
+blocks that they are of (`kvlib.store.abstract_records`), and an `AbstractForm` says what they are.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,10 +27,34 @@ from torch import Tensor
 from kvlib.errors import ConfigError, ShapeError
 from kvlib.store.leaves import LEAF_TOKENS
 
-__all__ = ["BOX_DTYPES", "Boxes", "Rows", "check_keys"]
+__all__ = ["BOX_DTYPES", "AbstractForm", "Boxes", "Rows", "check_keys"]
 
 BOX_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 """What boxes may be stored in. int8 has one exponent for each leaf and head, of 1 byte."""
+
+
+@dataclass(frozen=True, slots=True)
+class AbstractForm:
+    """What the bytes of some abstracts are: a row for every `unit` tokens of a layer.
+
+    Attributes:
+        text: canonical string, such as ``boxes@1:dtype=int8,leaf=16``; docs/formats/container.md
+            has them all.
+        unit: tokens of a row.
+        head_bytes: of a row, for each KV head.
+        channel_bytes: of a row, for each channel of a KV head, on top.
+        profile: digest of the artefact with the codebooks, "" without.
+    """
+
+    text: str
+    unit: int
+    head_bytes: int
+    channel_bytes: int
+    profile: str = ""
+
+    def row_bytes(self, heads: int, dim: int) -> int:
+        """Bytes of a row, of a layer with so many KV heads and channels of a key."""
+        return heads * (self.head_bytes + self.channel_bytes * dim)
 
 
 class Rows:
@@ -155,6 +184,41 @@ class Boxes:
             self._exponents.extend(exponents.to(torch.int8))
             boxes = torch.ldexp(boxes, -exponents[..., None, None])
         self._stored.extend(_round_up(boxes, BOX_DTYPES[self.dtype]))
+
+    @staticmethod
+    def form(dtype: str, leaf: int) -> AbstractForm:
+        """The form of boxes without a mean."""
+        itemsize = BOX_DTYPES[dtype].itemsize
+        text = f"boxes@1:dtype={dtype},leaf={leaf}"
+        return AbstractForm(text, leaf, int(dtype == "int8"), 2 * itemsize)
+
+    def take(self, first: int, stop: int) -> Tensor:
+        """The boxes of the whole leaves [first, stop) as bytes, uint8 [stop - first, row bytes].
+
+        A row: with int8 the exponents [heads], then -lo and hi [heads, 2, dim], little-endian.
+        """
+        boxes = self._stored.data[first:stop].flatten(1).view(torch.uint8)
+        if self.dtype != "int8":
+            return boxes.clone()
+        return torch.cat([self._exponents.data[first:stop].view(torch.uint8), boxes], 1)
+
+    def extend(self, rows: Tensor) -> None:
+        """Append whole leaves as `take` gave them.
+
+        Raises:
+            ShapeError: rows of another size, or a leaf is unfinished.
+        """
+        split = self.heads if self.dtype == "int8" else 0
+        width = split + 2 * self.heads * self.dim * BOX_DTYPES[self.dtype].itemsize
+        if self._num_open or rows.dim() != 2 or rows.shape[1] != width:
+            raise ShapeError(
+                f"boxes {tuple(rows.shape)} after {self._num_open} tokens of a leaf; expected "
+                f"[leaves, {width}] after whole leaves"
+            )
+        if split:
+            self._exponents.extend(rows[:, :split].view(torch.int8))
+        boxes = rows[:, split:].contiguous().view(BOX_DTYPES[self.dtype])
+        self._stored.extend(boxes.unflatten(1, (self.heads, 2, self.dim)))
 
     def bounds(self) -> tuple[Tensor, Tensor]:
         """Least and greatest keys as stored, the mean off: float32 [n, heads, dim] each."""

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
 
-from kvlib.errors import ConfigError
-from kvlib.store.abstracts import Rows, check_keys
+from kvlib.errors import ConfigError, ShapeError
+from kvlib.store.abstracts import AbstractForm, Rows, check_keys
 from kvlib.store.leaves import LEAF_TOKENS
 
-__all__ = ["CENTROIDS", "Codebook", "Codes"]
+__all__ = ["CENTROIDS", "Codebook", "Codes", "load_faiss"]
 
 CENTROIDS = 256
 
@@ -77,7 +77,7 @@ class Codebook:
             raise ConfigError(f"{parts} parts do not divide the {dim} channels of a key")
         if num < CENTROIDS:
             raise ConfigError(f"a codebook needs {CENTROIDS} keys or more, got {num}")
-        faiss = _faiss()
+        faiss = load_faiss()
         keys = keys.double()
         mean = keys.mean(1)
         into, back = _turns(keys - mean[:, None], second.double(), parts)
@@ -168,6 +168,26 @@ class Codes:
         check_keys(keys, *self.book.mean.shape)
         self._codes.extend(self.book.encode(keys))
 
+    @staticmethod
+    def form(parts: int, profile: str) -> AbstractForm:
+        """The form of codes by the codebooks of an artefact with the digest `profile`."""
+        return AbstractForm(f"codes@1:parts={parts}", 1, parts, 0, profile)
+
+    def take(self, first: int, stop: int) -> Tensor:
+        """The codes of tokens [first, stop), uint8 [stop - first, heads * parts]."""
+        return self._codes.data[first:stop].flatten(1).clone()
+
+    def extend(self, rows: Tensor) -> None:
+        """Append codes as `take` gave them.
+
+        Raises:
+            ShapeError: rows of another size.
+        """
+        heads, parts = len(self.book.centroids), self.book.parts
+        if rows.dim() != 2 or rows.shape[1] != heads * parts:
+            raise ShapeError(f"codes {tuple(rows.shape)}; expected [tokens, {heads * parts}]")
+        self._codes.extend(rows.unflatten(1, (heads, parts)))
+
     def logits(self, query: Tensor) -> Tensor:
         """Give q . (k - mean) of every key, as its code has it: float32 [heads, rows, tokens]."""
         tables = self.book.table(query)
@@ -218,7 +238,12 @@ def _dealt(variance: Sequence[float], parts: int) -> Tensor:
     return torch.tensor([axis for hand in hands for axis in hand])
 
 
-def _faiss() -> Any:
+def load_faiss() -> Any:
+    """The module, which trains codebooks.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
     try:
         import faiss
     except ImportError as exc:

@@ -12,9 +12,9 @@ never what the tier holds.
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from time import monotonic, perf_counter
 from typing import TYPE_CHECKING
@@ -24,22 +24,24 @@ from torch import Tensor
 from kvlib.blocks import KVBlock
 from kvlib.codecs import Codec
 from kvlib.codecs.container import Container
-from kvlib.codecs.unpack import decode_block
+from kvlib.codecs.unpack import decode_block, lies_in
 from kvlib.errors import CapacityError, CodecError, ShapeError, StoreClosedError
 from kvlib.keys import BLOCK_TOKENS, StoreKey
 from kvlib.spec import KVSpec
 from kvlib.store.cost import CostModel
 from kvlib.store.directory import Found
 from kvlib.store.heads import HeadRange, local_spec
+from kvlib.store.memory import Opened
 from kvlib.store.records import Layers, allocate, copy_layers, is_dense
 from kvlib.store.reports import Loaded
 from kvlib.store.stack import TierStack
-from kvlib.store.work import Priority, Task, WorkPool
+from kvlib.store.work import Task, WorkPool
 
 if TYPE_CHECKING:
     from kvlib.store.device import DeviceTier, Slot
+    from kvlib.store.reform import Reform
 
-__all__ = ["Load", "Reader", "load_pieces"]
+__all__ = ["Load", "Reader"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -53,6 +55,10 @@ class _Record:
     """Leading batches of layers that are decoded."""
     decoded: set[int] = field(default_factory=set)
     stored_bytes: int = 0
+    block: KVBlock | None = None
+    """What it holds, of loads whose records stay apart."""
+    reform: bool = False
+    """Whether it goes into memory in another form."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +71,7 @@ class Reader:
         finished: told the records that arrived, how many blocks they hold and how many were asked.
         device: where blocks go, None for the CPU.
         head_range: KV heads that records hold.
+        reform: brings into memory what was read elsewhere, in another form; None: as it is.
     """
 
     tiers: TierStack
@@ -78,6 +85,7 @@ class Reader:
     finished: Callable[[Sequence[Found], int, int], None]
     device: "DeviceTier | None" = None
     head_range: HeadRange = None
+    reform: "Reform | None" = None
 
 
 class Load:
@@ -92,6 +100,8 @@ class Load:
         layers: layers to decode at a time; None for all at once.
         priority: see `kvlib.store.work.Priority`.
         deadline: `time.monotonic()` after which to end with what has arrived.
+        apart: give each record's blocks by themselves, and those that memory holds uncoded as they
+            lie there; only for a store on the CPU, and for all layers at once.
 
     Attributes:
         tensors: after `wait_layer`: keys and values of each layer, [Hkv, T, D] on the CPU or the
@@ -109,8 +119,10 @@ class Load:
         layers: int | None,
         priority: float,
         deadline: float | None,
+        apart: bool = False,
     ) -> None:
         self._reader = reader
+        self._apart = apart
         self._spec = spec
         self._shapes = local_spec(spec, reader.head_range)
         self._look = look
@@ -197,7 +209,8 @@ class Load:
         if self._found:  # given up
             return False
         run = self._look()
-        tensors = self._allocate(sum(found.count for found in run) * BLOCK_TOKENS)
+        blocks = 0 if self._apart else sum(found.count for found in run)
+        tensors = self._allocate(blocks * BLOCK_TOKENS)
         with self._changed:
             if self._found:
                 return False
@@ -221,7 +234,14 @@ class Load:
         ):
             self._decoded(i, None)
             return True
-        data, shared = reader.tiers.read(found.key, self._deadline)
+        if self._apart:
+            opened = reader.tiers.opened(found.key, self._deadline)
+            if opened is not None and opened.keys == found.held:
+                record.stored_bytes = opened.nbytes
+                self._take(i, opened.block)
+                return True
+        record.reform = reader.reform is not None and reader.reform.wants(found)
+        data, shared = reader.tiers.read(found.key, self._deadline, up=not record.reform)
         if shared:
             reader.shared()
         if data is None or self._late():
@@ -245,13 +265,13 @@ class Load:
         except (CodecError, ShapeError):
             return self._spoilt(i)
         record.stored_bytes = len(data)
-        whole = found.count == len(found.held)
+        whole = found.count == len(found.held) and not self._apart
         batches = self._batches if whole else [None]
         slot = None
-        if reader.device is not None and whole:
-            ttl = reader.tiers.ttl(found.key)
+        terms = None if reader.device is None else reader.tiers.terms(found.key)
+        if reader.device is not None and whole and terms is not None:
             slot = reader.device.reserve(
-                found.key, found.held, self._shapes, parts=len(batches), ttl=ttl
+                found.key, found.held, self._shapes, parts=len(batches), ttl=terms.ttl
             )
         if len(batches) == 1:
             fine = False
@@ -286,7 +306,7 @@ class Load:
         found = self._records[i].found
         device = self._reader.device
         layers = range(self._spec.num_layers) if batch is None else batch
-        views = self._views(i, layers)
+        views = {} if self._apart else self._views(i, layers)
         room: Layers | None = None if batch is None else views
         if device is not None and batch is not None:
             room = device.staging(self._shapes, layers, len(found.held) * BLOCK_TOKENS)
@@ -298,6 +318,7 @@ class Load:
                 codec_for=self._reader.codec_for,
                 layers=batch,
                 out=room,
+                lend=self._apart,
             )
             if any(not is_dense(layer) for layer in block.layers):
                 raise ShapeError("record of evicted tokens under a prefix key")
@@ -306,6 +327,15 @@ class Load:
         except (CodecError, ShapeError):
             return self._spoilt(i)
         self._reader.cost.decode(block.nbytes, perf_counter() - begun)
+        record = self._records[i]
+        if record.reform and self._reader.reform is not None:
+            self._reader.reform.begin(self._spec, found, block)
+        if self._apart:
+            if lies_in(block, container.view):
+                opened = Opened(found.held, block, container.view.nbytes)
+                self._reader.tiers.keep_open(found.key, container.view, opened)
+            self._take(i, block)
+            return True
         if room is not views:
             first = found.first * BLOCK_TOKENS
             ours = block.slice(first, first + found.count * BLOCK_TOKENS)
@@ -318,6 +348,13 @@ class Load:
                     slot.filled()
         self._decoded(i, batch)
         return True
+
+    def _take(self, i: int, block: KVBlock) -> None:
+        """A whole record's blocks, of which ours are kept apart from those of the others."""
+        found = self._records[i].found
+        first = found.first * BLOCK_TOKENS
+        self._records[i].block = block.slice(first, first + found.count * BLOCK_TOKENS)
+        self._decoded(i, None)
 
     def _decoded(self, i: int, batch: range | None) -> None:
         """Some layers of a record are where they belong, or (None) all."""
@@ -429,45 +466,19 @@ class Load:
         self._reader.finished([record.found for record in arrived], blocks, self._asked)
         if not blocks:
             return Loaded()
-        tokens = blocks * BLOCK_TOKENS
-        out = self.tensors
-        if tokens < out[0][0].shape[1]:  # give the rest back
-            out = [(k[:, :tokens].clone(), v[:, :tokens].clone()) for k, v in out]
         worst = max((record.found.identity for record in arrived), key=lambda x: x.rank)
+        block = None
+        if not self._apart:
+            tokens = blocks * BLOCK_TOKENS
+            out = self.tensors
+            if tokens < out[0][0].shape[1]:  # give the rest back
+                out = [(k[:, :tokens].clone(), v[:, :tokens].clone()) for k, v in out]
+            block = KVBlock.dense(self._spec, out, start=arrived[0].found.first * BLOCK_TOKENS)
         return Loaded(
             num_blocks=blocks,
-            block=KVBlock.dense(self._spec, out, start=arrived[0].found.first * BLOCK_TOKENS),
+            block=block,
+            blocks=tuple(x.block for x in arrived if x.block is not None),
             fidelity=worst.fidelity,
+            ancestors=worst.ancestors,
             stored_bytes=sum(record.stored_bytes for record in arrived),
         )
-
-
-def load_pieces(reader: Reader, spec: KVSpec, run: Sequence[Found], asked: int) -> Iterator[Loaded]:
-    """Load a run record by record, the next one while the caller has the last."""
-    given: list[Found] = []
-    quiet = replace(reader, finished=lambda *_: None)  # counted and touched as one load, at the end
-
-    def begin(found: Found) -> Load:
-        return Load(
-            quiet,
-            spec,
-            lambda: [found],
-            found.count,
-            layers=None,
-            priority=Priority.DEMAND,
-            deadline=None,
-        )
-
-    coming = begin(run[0]) if run else None
-    try:
-        for i, found in enumerate(run):
-            load, coming = coming, begin(run[i + 1]) if i + 1 < len(run) else None
-            loaded = Loaded() if load is None else load.result()
-            if not loaded.num_blocks:
-                break
-            given.append(found)
-            yield loaded
-    finally:
-        if coming is not None:
-            coming.cancel()
-        reader.finished(given, sum(found.count for found in given), asked)

@@ -6,18 +6,33 @@ import threading
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from time import monotonic
-from typing import ClassVar, Self
+from typing import ClassVar, NamedTuple, Self
 
+from kvlib.blocks import KVBlock
 from kvlib.codecs.container import Buffer, parse_header
 from kvlib.errors import CodecError, StoreClosedError
-from kvlib.keys import StoreKey
+from kvlib.keys import BlockKey, StoreKey
 from kvlib.store.replacement import Hint, Replacement
 from kvlib.store.replacement.roster import Roster
 from kvlib.store.sizes import parse_bytes
 from kvlib.store.terms import NO_TERMS, Terms, WallClock
 from kvlib.store.tier import CheckReport, Pins, TierStats, verify_record
 
-__all__ = ["MemoryTier"]
+__all__ = ["MemoryTier", "Opened"]
+
+
+class Opened(NamedTuple):
+    """What a record was found to be.
+
+    Attributes:
+        keys: of the blocks it holds.
+        block: these blocks; all numbers lie in the record.
+        nbytes: of the record.
+    """
+
+    keys: tuple[BlockKey, ...]
+    block: KVBlock
+    nbytes: int
 
 
 class MemoryTier:
@@ -44,6 +59,7 @@ class MemoryTier:
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._records: dict[StoreKey, bytes] | None = {}
+        self._opened: dict[StoreKey, Opened] = {}
         clock = WallClock().seconds
         self._roster: Roster[StoreKey] = Roster(replacement, self._capacity, clock)
         self._pins = Pins()
@@ -96,6 +112,23 @@ class MemoryTier:
         with self._lock:
             self._count(hits=1, read_bytes=len(data))
         return memoryview(data)
+
+    def keep_open(self, key: StoreKey, record: memoryview, opened: Opened) -> None:
+        """Remember what a record that was lent is, for as long as it stays."""
+        with self._lock:
+            if self._open().get(key) is record.obj:
+                self._opened[key] = opened
+
+    def lend_opened(self, key: StoreKey, deadline: float | None = None) -> Opened | None:
+        """A record that is open already; see `lend`. None: it is not, or not there."""
+        if key not in self._opened:
+            return None
+        data = self._take_note(key, deadline=deadline)
+        with self._lock:
+            opened = None if data is None else self._opened.get(key)
+            if opened is not None:
+                self._count(hits=1, read_bytes=opened.nbytes)
+            return opened
 
     def _take_note(
         self, key: StoreKey, *, looks: bool = False, deadline: float | None = None
@@ -167,6 +200,7 @@ class MemoryTier:
 
     def _take_out(self, key: StoreKey, *, evicted: bool = False) -> None:
         data = self._open().pop(key)
+        self._opened.pop(key, None)
         self._roster.remove(key, evicted=evicted)
         self._count(records=-1, used_bytes=-len(data))
 
@@ -268,6 +302,7 @@ class MemoryTier:
         if os.getpid() == self._pid:
             with self._lock:
                 self._records = None
+                self._opened.clear()
 
     def __enter__(self) -> Self:
         return self

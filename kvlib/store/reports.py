@@ -17,14 +17,19 @@ class Loaded:
     Attributes:
         num_blocks: leading blocks restored.
         block: their KV on the CPU, None when nothing was found.
+        blocks: instead of `block`, what each record holds of them, one after another; from
+            `KVStore.borrow`.
         fidelity: `EXACT`, or the canonical string of the lossy codec or method that the KV went
             through.
+        ancestors: `EXACT`, or the lowest fidelity among the KV that theirs was computed from.
         stored_bytes: bytes of the records read.
     """
 
     num_blocks: int = 0
     block: KVBlock | None = None
+    blocks: tuple[KVBlock, ...] = ()
     fidelity: str = EXACT
+    ancestors: str = EXACT
     stored_bytes: int = 0
 
 

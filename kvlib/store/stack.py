@@ -11,7 +11,7 @@ from kvlib.codecs.container import Buffer
 from kvlib.keys import StoreKey
 from kvlib.store.cost import CostModel
 from kvlib.store.flight import SingleFlight
-from kvlib.store.memory import MemoryTier
+from kvlib.store.memory import MemoryTier, Opened
 from kvlib.store.replacement import Hint
 from kvlib.store.rules import Rules
 from kvlib.store.terms import Terms
@@ -72,6 +72,17 @@ class TierStack:
                     above.put(key, [view], terms)
             return view
         return None
+
+    def opened(self, key: StoreKey, deadline: float | None = None) -> Opened | None:
+        """A record that memory holds open; see `MemoryTier.lend_opened`."""
+        first = self.tiers[0]
+        return first.lend_opened(key, deadline) if isinstance(first, MemoryTier) else None
+
+    def keep_open(self, key: StoreKey, record: memoryview, opened: Opened) -> None:
+        """See `MemoryTier.keep_open`."""
+        first = self.tiers[0]
+        if isinstance(first, MemoryTier):
+            first.keep_open(key, record, opened)
 
     def contains(self, key: StoreKey, *, persistent: bool) -> bool:
         """Whether a tier of that kind seems to have a record."""

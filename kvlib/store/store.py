@@ -15,7 +15,7 @@ ago is always the end of a prompt, and eviction never takes a parent before its 
 
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -29,17 +29,20 @@ from kvlib.codecs.base import describe_codec
 from kvlib.errors import ConfigError, StoreClosedError
 from kvlib.keys import BLOCK_TOKENS, BlockKey, StoreKey
 from kvlib.spec import EXACT, KVSpec
+from kvlib.store.abstract_records import AbstractRecords
+from kvlib.store.by_record import ByRecord
 from kvlib.store.cost import CostModel
 from kvlib.store.device import DeviceTier
 from kvlib.store.directory import Directory, Found
 from kvlib.store.endings import Ending
 from kvlib.store.heads import check_head_range
 from kvlib.store.leases import Leases
-from kvlib.store.loads import Load, Reader, load_pieces
+from kvlib.store.loads import Load, Reader
 from kvlib.store.lookups import Lookups
 from kvlib.store.opening import choose_codecs, open_tiers
 from kvlib.store.puts import Put
 from kvlib.store.records import BLOCKS_PER_RECORD, copied
+from kvlib.store.reform import Reform
 from kvlib.store.replacement import Hint
 from kvlib.store.replacement.admission import SecondTouch
 from kvlib.store.reports import Loaded, PutReport, StoreStats
@@ -60,7 +63,7 @@ _LAYER_BATCHES = 8
 _ADMISSIONS = ("always", "second-touch")
 
 
-class KVStore(Lookups, SnapshotRecords):
+class KVStore(Lookups, ByRecord, SnapshotRecords, AbstractRecords):
     """A persistent, bounded, checksummed store of KV blocks.
 
     Args:
@@ -197,6 +200,16 @@ class KVStore(Lookups, SnapshotRecords):
             head_range=self.head_range,
         )
         self._background_reader = replace(self._reader, finished=self._finished_later)
+        self._reform = None
+        if len(tiers) > 1 and len(self._codecs) > 1:
+            self._reform = Reform(
+                self._stack,
+                self._writer,
+                self._pool,
+                self._staging,
+                self.memory_codec,
+                self.head_range,
+            )
 
     # -- reading
 
@@ -266,26 +279,6 @@ class KVStore(Lookups, SnapshotRecords):
             spec, keys, accept, step, priority, deadline, reader=self._background_reader, hint=hint
         )
 
-    def load_pieces(
-        self, spec: KVSpec, keys: Sequence[BlockKey], *, accept: Sequence[str] | None = None
-    ) -> Iterator[Loaded]:
-        """Restore the longest stored run of leading blocks record by record.
-
-        Holds two records at a time: the one that it gave last, and the next.
-
-        Args:
-            spec: see `load`.
-            keys: see `load`.
-            accept: see `match`.
-
-        Returns:
-            The blocks of one record after another; `Loaded.block` begins where the last one ended.
-        """
-        self._begin(spec)
-        self._leases.expire()
-        run = self._directory.loadable_run(self._identities(spec, accept), keys)
-        return load_pieces(self._reader, spec, run, len(keys))
-
     def _load(
         self,
         spec: KVSpec,
@@ -297,6 +290,8 @@ class KVStore(Lookups, SnapshotRecords):
         start: int = 0,
         reader: Reader | None = None,
         hint: Hint | None = None,
+        *,
+        apart: bool = False,
     ) -> Load:
         self._begin(spec)
         identities = self._identities(spec, accept)
@@ -319,6 +314,7 @@ class KVStore(Lookups, SnapshotRecords):
             layers=layers,
             priority=priority,
             deadline=deadline,
+            apart=apart,
         )
 
     def _finished(

@@ -23,6 +23,7 @@ __all__ = [
     "describe",
     "drop",
     "expired",
+    "is_abstracts",
     "is_of",
     "is_older_version",
     "problem",
@@ -117,7 +118,7 @@ class Summary:
     Attributes:
         records: how many.
         nbytes: of their containers.
-        tokens: they stand for.
+        tokens: they hold; abstracts, which only tell of them, hold none.
         codecs: records by codec.
         fidelities: records by fidelity.
         models: records by fingerprint of the spec.
@@ -149,7 +150,7 @@ def summarize(store: Kept, mac_key: bytes | None = None, step: Step = lambda don
     for record in describe(store, mac_key):
         total.records += 1
         total.nbytes += record.nbytes
-        total.tokens += record.tokens
+        total.tokens += 0 if is_abstracts(record.codec) else record.tokens
         total.tenants[record.tenant] += 1
         total.expiring += record.ttl is not None
         total.expired += record.ttl is not None and record.ttl <= 0
@@ -266,6 +267,11 @@ def is_of(codec: str, wanted: str) -> bool:
     """Whether a canonical string is of a codec: ``exact``, ``exact@1`` or all of it."""
     name_version = codec.partition(":")[0]
     return wanted in (codec, name_version, name_version.partition("@")[0])
+
+
+def is_abstracts(codec: str) -> bool:
+    """Whether a canonical string is of abstracts (docs/formats/container.md), not of blocks."""
+    return any(is_of(codec, name) for name in ("boxes", "codes"))
 
 
 def to_drop(

@@ -2,7 +2,7 @@
 """How blocks become records: what is missing is cut, encoded and put, the end of a prompt first."""
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from time import monotonic
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from kvlib.blocks import KVBlock
 from kvlib.codecs import Codec
 from kvlib.codecs.base import codec_fingerprint
+from kvlib.codecs.container import Buffer
 from kvlib.codecs.pack import encode_block
 from kvlib.errors import ShapeError
 from kvlib.keys import BLOCK_TOKENS, BlockKey, StoreKey
@@ -25,7 +26,7 @@ from kvlib.store.terms import Terms
 if TYPE_CHECKING:
     from kvlib.store.replacement.admission import SecondTouch
 
-__all__ = ["Form", "Staging", "Writer", "forms_of", "identities_of"]
+__all__ = ["Form", "Staging", "Writer", "Written", "forms_of", "identities_of"]
 
 _REFUSED_S = 1.0
 
@@ -116,15 +117,21 @@ class Staging:
 
 
 @dataclass(frozen=True, slots=True)
-class _Written:
-    """What came of some blocks: how many were stored now, or before, and bytes written."""
+class Written:
+    """What came of some blocks.
+
+    Attributes:
+        stored: how many were written now.
+        present: how many were there before.
+        nbytes: written.
+    """
 
     stored: int = 0
     present: int = 0
     nbytes: int = 0
 
-    def __add__(self, more: "_Written") -> "_Written":
-        return _Written(
+    def __add__(self, more: "Written") -> "Written":
+        return Written(
             self.stored + more.stored, self.present + more.present, self.nbytes + more.nbytes
         )
 
@@ -203,6 +210,10 @@ class Writer:
         self._tiers.touch(present, None if terms is None else terms.hint)
         return report
 
+    def missing(self, identity: Identity, keys: Sequence[BlockKey]) -> list[int]:
+        """Which of these blocks no record of this form holds."""
+        return self._present([identity], keys, 0)[1]
+
     def _present(
         self, identities: Sequence[Identity], keys: Sequence[BlockKey], first: int
     ) -> tuple[list[StoreKey], list[int]]:
@@ -226,36 +237,23 @@ class Writer:
                 at += found.count
         return records, missing
 
-    def _write_all(self, form: Form, mine: tuple[BlockKey, ...], part: KVBlock) -> _Written:
+    def _write_all(self, form: Form, mine: tuple[BlockKey, ...], part: KVBlock) -> Written:
         """Write blocks as one record, or what somebody else's shorter record leaves of them."""
-        done = self._write(form, mine, part)
+        done = self.put_record(form, mine, part)
         at = done.stored + done.present
         if not 0 < at < len(mine):
             return done
         for key in mine[at:]:  # what is not a whole chunk is stored block by block
             start = part.start + at * BLOCK_TOKENS
-            done += self._write(form, (key,), part.slice(start, start + BLOCK_TOKENS))
+            done += self.put_record(form, (key,), part.slice(start, start + BLOCK_TOKENS))
             at += 1
         return done
 
-    def _write(self, form: Form, mine: tuple[BlockKey, ...], part: KVBlock) -> _Written:
+    def put_record(self, form: Form, mine: tuple[BlockKey, ...], part: KVBlock) -> Written:
         """Encode and write one record, unless one is there: whose blocks then count as present."""
-        key = StoreKey(mine[0], form.identity.storage)
-        persistent = form.persistent
-        touch = self._second_touch
-        if touch is not None and persistent is not False and not touch.wanted(key):
-            persistent = False
-        if persistent is False and not self._tiers.takes(persistent=False):
-            return _Written()
 
-        def write() -> _Written:
-            held = self._directory.record_keys(key) or ()  # since we looked last
-            same = sum(
-                1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(held, mine, strict=False))
-            )
-            if same:
-                return _Written(present=same)
-            parts = encode_block(
+        def encode() -> list[Buffer]:
+            return encode_block(
                 part,
                 form.codec,
                 keys=mine,
@@ -263,10 +261,46 @@ class Writer:
                 head_range=self._head_range,
                 mac_key=self._mac_key,
             )
-            if not self._tiers.put(key, parts, persistent=persistent, terms=form.terms):
-                return _Written()
+
+        key = StoreKey(mine[0], form.identity.storage)
+        return self.record(key, mine, encode, persistent=form.persistent, terms=form.terms)
+
+    def record(
+        self,
+        key: StoreKey,
+        mine: tuple[BlockKey, ...],
+        encode: Callable[[], Sequence[Buffer]],
+        *,
+        persistent: bool | None = None,
+        terms: Terms | None = None,
+    ) -> Written:
+        """Write one record, unless one of the same name is there: whose blocks count as present.
+
+        Args:
+            key: its name.
+            mine: keys of the blocks in it.
+            encode: makes the container, if it is wanted.
+            persistent: which tiers get it, see `Form`.
+            terms: on which it is kept; None for those of the store.
+        """
+        touch = self._second_touch
+        if touch is not None and persistent is not False and not touch.wanted(key):
+            persistent = False
+        if persistent is False and not self._tiers.takes(persistent=False):
+            return Written()
+
+        def write() -> Written:
+            held = self._directory.record_keys(key) or ()  # since we looked last
+            same = sum(
+                1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(held, mine, strict=False))
+            )
+            if same:
+                return Written(present=same)
+            parts = encode()
+            if not self._tiers.put(key, parts, persistent=persistent, terms=terms):
+                return Written()
             self._directory.remember(key, mine)
-            return _Written(stored=len(mine), nbytes=sum(memoryview(p).nbytes for p in parts))
+            return Written(stored=len(mine), nbytes=sum(memoryview(p).nbytes for p in parts))
 
         while True:
             written, shared = self._tiers.once(key, write)
@@ -289,6 +323,9 @@ class Writer:
             if self._second_touch is not None and not self._second_touch.wanted(key):
                 continue
             data, _ = self._tiers.read(key)
-            if data is not None and not self._tiers.put(key, [data], persistent=True):
+            terms = self._tiers.terms(key)
+            if data is None or terms is None:
+                continue
+            if not self._tiers.put(key, [data], persistent=True, terms=terms):
                 self._refused = monotonic()
                 return

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from kvlib.budget import round_budget
 from kvlib.errors import ConfigError, ShapeError
-from kvlib.store.abstracts import check_keys
+from kvlib.keys import BLOCK_TOKENS
+from kvlib.store.abstracts import AbstractForm, Boxes, check_keys
 from kvlib.store.leaves import LEAF_TOKENS
 
 __all__ = ["BudgetedSelector", "HeadShape", "LayerSelector", "Selector", "merge_heads"]
@@ -100,6 +101,34 @@ class LayerSelector:
     def _append(self, keys: Tensor, queries: Tensor | None) -> None:
         """Take note of keys of the right shape, not empty."""
 
+    def take(self, first: int, stop: int) -> Tensor:
+        """The abstracts of tokens [first, stop), whole units of the method's form.
+
+        Returns:
+            uint8 [units, row bytes].
+
+        Raises:
+            ConfigError: the method's abstracts are no rows of bytes (`Selector.form` is None).
+        """
+        raise ConfigError(f"{type(self).__name__} has no abstracts to take out")
+
+    def extend(self, rows: Tensor) -> int:
+        """Take note of the next tokens by their abstracts, as `take` gave them.
+
+        Returns:
+            How many tokens these are.
+
+        Raises:
+            ShapeError: rows of another size, or tokens before them that are no whole unit.
+            ConfigError: see `take`.
+        """
+        tokens = self._extend(rows)
+        self.num_tokens += tokens
+        return tokens
+
+    def _extend(self, rows: Tensor) -> int:
+        raise ConfigError(f"{type(self).__name__} has no abstracts to put back")
+
     def relevance(self, query: Tensor) -> Tensor | None:
         """How much the queries of a step ask for each unit of leaves, in any scale.
 
@@ -132,9 +161,25 @@ class Selector(ABC):
         """Whether `LayerSelector.append` must be given the tokens' queries."""
         return False
 
+    @property
+    def form(self) -> AbstractForm | None:
+        """What `LayerSelector.take` gives, and may be stored with a block; None if nothing."""
+        return None
+
+    def check_model(self, identity: str) -> None:  # noqa: B027 (most need no calibration)
+        """Refuse a model (`kvlib.artefacts.model_identity`) that it was not calibrated for.
+
+        Raises:
+            ConfigError: naming both.
+        """
+
     @abstractmethod
     def open(self, shape: HeadShape) -> LayerSelector:
         """Begin a layer of a sequence."""
+
+    def open_layers(self, shape: HeadShape, num_layers: int) -> list[LayerSelector]:
+        """Begin all layers of a sequence."""
+        return [self.open(shape) for _ in range(num_layers)]
 
     def choose(self, relevance: Tensor | None, num_tokens: int) -> Tensor:
         """Leaves to read.
@@ -177,6 +222,10 @@ class BudgetedSelector(Selector):
         for name in ("sinks", "recent"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{self.name}: {name} must be 0 or more, got {self!r:.80}")
+
+    def _box_form(self, dtype: str) -> AbstractForm | None:
+        """The form of boxes of this method's leaves, if a block has whole ones."""
+        return None if BLOCK_TOKENS % self.leaf else Boxes.form(dtype, self.leaf)
 
     def num_units(self, num_tokens: int) -> int:
         """Units of `leaf` tokens that a layer reads for a KV head in one step."""

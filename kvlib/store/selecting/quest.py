@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from kvlib.errors import ConfigError
-from kvlib.store.abstracts import BOX_DTYPES, Boxes
+from kvlib.store.abstracts import BOX_DTYPES, AbstractForm, Boxes
 from kvlib.store.selecting.base import BudgetedSelector, HeadShape, LayerSelector
 
 __all__ = ["Quest"]
@@ -39,6 +39,11 @@ class Quest(BudgetedSelector):
         if self.dtype not in BOX_DTYPES:
             raise ConfigError(f"quest: dtype is one of {', '.join(BOX_DTYPES)}: {self.dtype!r:.80}")
 
+    @property
+    def form(self) -> AbstractForm | None:
+        """Boxes, as `leoam` has them."""
+        return self._box_form(self.dtype)
+
     def open(self, shape: HeadShape) -> LayerSelector:
         """Begin a layer of a sequence."""
         return _Bounds(self, shape)
@@ -52,6 +57,13 @@ class _Bounds(LayerSelector):
 
     def _append(self, keys: Tensor, queries: Tensor | None) -> None:
         self._boxes.append(keys)
+
+    def take(self, first: int, stop: int) -> Tensor:
+        return self._boxes.take(first // self._boxes.leaf, stop // self._boxes.leaf)
+
+    def _extend(self, rows: Tensor) -> int:
+        self._boxes.extend(rows)
+        return len(rows) * self._boxes.leaf
 
     def relevance(self, query: Tensor) -> Tensor:
         bounds = self._boxes.scores(self.shape.grouped(query), 1.0)

@@ -19,7 +19,7 @@ class Selection:
 
     def __init__(self, selector: Selector, shape: HeadShape, num_layers: int) -> None:
         self.selector = selector
-        self._layers = [selector.open(shape) for _ in range(num_layers)]
+        self._layers = selector.open_layers(shape, num_layers)
 
     @property
     def num_tokens(self) -> int:
@@ -34,6 +34,14 @@ class Selection:
     def append(self, layer: int, keys: Tensor, queries: Tensor | None = None) -> None:
         """See `LayerSelector.append`."""
         self._layers[layer].append(keys, queries)
+
+    def take(self, layer: int, first: int, stop: int) -> Tensor:
+        """See `LayerSelector.take`."""
+        return self._layers[layer].take(first, stop)
+
+    def extend(self, layer: int, rows: Tensor) -> int:
+        """See `LayerSelector.extend`."""
+        return self._layers[layer].extend(rows)
 
     def select(self, layer: int, query: Tensor) -> Tensor:
         """Leaves that a step reads in a layer.
