@@ -26,6 +26,8 @@ class ConnectorConfig:
         memory: capacity of the memory tier of each worker.
         disk: capacity of the disk tier.
         codec: method string.
+        memory_codec: of the memory tier; None for ``raw`` where ``exact`` goes to disk: what is
+            asked for again is copied, not decoded. ``exact`` holds a fifth to a third more tokens.
         salt: tenants with different salts share nothing.
         model_id: identity of the weights, where they come from neither a hub nor a folder.
         tier: see `KVStore`.
@@ -42,6 +44,7 @@ class ConnectorConfig:
     memory: int | str = "4GiB"
     disk: int | str = "64GiB"
     codec: str = "exact"
+    memory_codec: str | None = None
     salt: str = ""
     model_id: str | None = None
     tier: str | None = None
@@ -75,13 +78,23 @@ class ConnectorConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
                 raise ConfigError(f"{name}={value!r}: expected a number that is not negative")
-        for name in ("path", "salt", "codec"):
+        for name in ("path", "salt", "codec", "memory_codec"):
             value = getattr(self, name)
-            if not isinstance(value, str) and not (name == "path" and value is None):
+            may_lack = name in ("path", "memory_codec")
+            if not isinstance(value, str) and not (may_lack and value is None):
                 raise ConfigError(f"{name}={value!r}: expected text")
         for name in ("memory", "disk", "staging"):
             parse_bytes(getattr(self, name), name)
-        build_codec(self.codec)
+        for codec in (self.codec, self.memory_codec):
+            if codec is not None:
+                build_codec(codec)
+
+    def _memory_codec(self) -> str | None:
+        """That of `KVStore`."""
+        both = self.path is not None and parse_bytes(self.memory, "memory") > 0
+        if self.memory_codec is None and both and self.admission == "always":
+            return "raw" if build_codec(self.codec).name == "exact" else None
+        return self.memory_codec
 
     @property
     def staging_bytes(self) -> int:
@@ -102,6 +115,7 @@ class ConnectorConfig:
             memory=self.memory,
             disk=self.disk,
             codec=self.codec,
+            memory_codec=self._memory_codec(),
             salt=self.salt,
             threads=self.threads,
             tier=self.tier,

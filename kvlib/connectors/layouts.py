@@ -8,7 +8,9 @@ layouts changed between releases before, and whoever did not notice served garba
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, Protocol
+from contextlib import suppress
+from importlib import import_module
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -21,10 +23,15 @@ __all__ = [
     "LatentPages",
     "PageLayout",
     "Pages",
+    "Part",
     "RowPages",
     "VecPages",
     "verify_layout",
 ]
+
+
+Part = tuple[Tensor, Sequence[tuple[Tensor, Tensor]]]
+"""Pages, int64 [n] on the CPU, and keys and values [H, n * N, D] of each layer."""
 
 
 class PageLayout(Protocol):
@@ -115,20 +122,54 @@ class _CpuPages:
 
 
 class VecPages(_CpuPages):
-    """vLLM's CPU attention without AMX: keys [D, N] (transposed), values [N, D]."""
+    """vLLM's CPU attention without AMX: keys [D, N] (transposed), values [N, D].
+
+    Args:
+        compiled: use numba where it is installed.
+    """
 
     name: ClassVar[str] = "cpu-vec"
+
+    def __init__(self, *, compiled: bool = True) -> None:
+        self._compiled = compiled
+
+    def _kernels(self) -> Any:
+        """`kvlib.connectors.layouts_numba`, None without numba."""
+        if self._compiled:
+            with suppress(ImportError):
+                return import_module("kvlib.connectors.layouts_numba")
+            self._compiled = False
+        return None
+
+    def write_parts(self, views: Sequence[Tensor], parts: Sequence[Part]) -> bool:
+        """Write all layers of several runs of pages at once; False where that cannot be."""
+        kernels = self._kernels()
+        if kernels is None or not kernels.fits(views, parts):
+            return False
+        kernels.write(views, parts)
+        return True
 
     def read(self, view: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
         """See `PageLayout.read`."""
         regions, size, dim = self._regions(view)
+        kernels = self._kernels()
+        if kernels is not None:
+            keys, values = (
+                view.new_empty((view.shape[1], len(pages) * size, dim)) for _ in range(2)
+            )
+            part = (pages, [(keys, values)])
+            if kernels.fits([view], [part]):
+                kernels.read([view], [part])
+                return keys, values
         taken = _take(regions, pages)
         n, heads = taken.shape[:2]
-        keys = taken[:, :, 0].view(n, heads, dim, size).transpose(2, 3)
-        return _tokens(keys), _tokens(taken[:, :, 1].view(n, heads, size, dim))
+        packed = taken[:, :, 0].view(n, heads, dim, size).transpose(2, 3)
+        return _tokens(packed), _tokens(taken[:, :, 1].view(n, heads, size, dim))
 
     def write(self, view: Tensor, pages: Tensor, keys: Tensor, values: Tensor) -> None:
         """See `PageLayout.write`."""
+        if self.write_parts([view], [(pages, [(keys, values)])]):
+            return
         regions, size, dim = self._regions(view)
         n, heads = len(pages), regions.shape[1]
         packed = regions.new_empty((n, heads, 2, size * dim))
@@ -213,6 +254,15 @@ class Pages:
             keys.to(view.device, non_blocking=True),
             values.to(view.device, non_blocking=True),
         )
+
+    def write_parts(self, parts: Sequence[Part]) -> None:
+        """Put keys and values of all layers into several runs of pages."""
+        write = getattr(self.layout, "write_parts", None)
+        if write is not None and write(self.views, parts):
+            return
+        for pages, layers in parts:
+            for layer, (keys, values) in enumerate(layers):
+                self.write_layer(layer, pages, keys, values)
 
 
 Writer = Callable[[Tensor, Tensor, Tensor, Tensor], None]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kvlib.connectors.identity import request_salt
-from kvlib.connectors.mover import Save, Staged
+from kvlib.connectors.moves import Save, Staged
 from kvlib.keys import BLOCK_TOKENS, BlockKey, block_keys
 from kvlib.spec import EXACT, KVSpec
 from kvlib.store.records import BLOCKS_PER_RECORD

@@ -16,91 +16,26 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from kvlib.blocks import KVBlock
 from kvlib.connectors.counters import COUNTERS
+from kvlib.connectors.moves import PagedMemory, Save, Saving, Staged
 from kvlib.keys import BLOCK_TOKENS, BlockKey
-from kvlib.spec import EXACT, KVSpec
+from kvlib.spec import KVSpec
 from kvlib.store.heads import local_spec
 from kvlib.store.puts import Put
-from kvlib.store.replacement import Hint
 from kvlib.store.reports import Loaded
 from kvlib.store.store import KVStore
 from kvlib.threads import one_torch_thread
 
-__all__ = ["Mover", "PagedMemory", "Save", "Staged"]
-
-Saving: TypeAlias = "Future[Put | None]"
+__all__ = ["Mover"]
 
 _LOG = logging.getLogger(__name__)
 
 _PRUNE = 256
-
-
-class PagedMemory(Protocol):
-    """An engine's cache as a `Mover` sees it; `kvlib.connectors.layouts.Pages` is one.
-
-    Attributes:
-        views: a tensor of each layer, where the engine keeps it.
-        page_tokens: tokens of a page.
-    """
-
-    views: list[Tensor]
-    page_tokens: int
-
-    @property
-    def num_layers(self) -> int:
-        """Layers."""
-        ...
-
-    def read_layer(self, layer: int, pages: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [H, tokens, D] of some pages of a layer, as copies on the CPU."""
-        ...
-
-    def write_layer(self, layer: int, pages: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Put keys and values [H, tokens, D] into pages of a layer."""
-        ...
-
-
-class Staged(NamedTuple):
-    """What staging came to.
-
-    Attributes:
-        num_blocks: leading blocks of the prompt that are there: stored, or before `first`.
-        fidelity: the lowest among them.
-        crowded: there was no room for more, which there will be (never where a `Mover` waits).
-    """
-
-    num_blocks: int
-    fidelity: str = EXACT
-    crowded: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Save:
-    """Blocks of a prompt that lie complete in an engine's pages.
-
-    Attributes:
-        ticket: whose they are.
-        keys: of all blocks from the start of the prompt to the last one to be stored.
-        first: the first block to be stored.
-        pages: ids of the pages of the prompt from `first_page` on.
-        first_page: the page that the first block begins in, counted from the start of the prompt.
-        fidelity: of what the blocks were computed from.
-        hint: what is known of their next use.
-    """
-
-    ticket: str
-    keys: Sequence[BlockKey]
-    first: int
-    pages: Sequence[int] | Tensor
-    first_page: int
-    fidelity: str = EXACT
-    hint: Hint | None = None
 
 
 @dataclass(slots=True)
@@ -109,7 +44,7 @@ class _Ticket:
 
     staging: Future[None] | None = None
     staged: Staged | None = None
-    block: KVBlock | None = None
+    blocks: tuple[KVBlock, ...] = ()
     reserved: int = 0
     dropped: bool = False
     saves: list[Saving] = field(default_factory=list)
@@ -157,6 +92,7 @@ class Mover:
         self._prune_at = _PRUNE
         self._over: set[str] = set()  # requests that ended while they were being saved
         self._closed = False
+        self._progress = threading.Event()
         self._stagers = ThreadPoolExecutor(stagers, "kvlib-stage", one_torch_thread)
         self._copier = ThreadPoolExecutor(1, "kvlib-copy", one_torch_thread)
         # All names from the start: others add up the counters while they change.
@@ -195,7 +131,7 @@ class Mover:
             size = (found - first) * self._block_bytes
             if found > first:
                 if self._reserve(mine, size, deadline):
-                    loaded = self.store.load(
+                    loaded = self.store.borrow(
                         self._spec, keys[:found], start=first, deadline=deadline
                     )
                     staged = self._keep(mine, loaded, first)
@@ -207,8 +143,9 @@ class Mover:
         finally:
             with self._room:
                 mine.staged = staged
-                if mine.block is None:
+                if not mine.blocks:
                     self._give_back(mine)
+            self._progress.set()
             if staged.num_blocks:
                 taken = int((time.perf_counter() - begun) * 1e6)
                 self.count(staged_blocks=staged.num_blocks - first, stage_us=taken)
@@ -231,15 +168,16 @@ class Mover:
 
     def _keep(self, mine: _Ticket, loaded: Loaded, first: int) -> Staged:
         """Hold on to what arrived, unless nobody wants it any more."""
-        block = loaded.block
-        if block is None or block.start > first * BLOCK_TOKENS:
+        blocks = loaded.blocks
+        if not blocks or blocks[0].start > first * BLOCK_TOKENS:
             return Staged(0)
         with self._room:
             if mine.dropped:
                 return Staged(0)
-            mine.block = block
-        self.count(staged_bytes=block.nbytes, stored_bytes_read=loaded.stored_bytes)
-        return Staged(block.stop // BLOCK_TOKENS, loaded.fidelity)
+            mine.blocks = blocks
+        nbytes = sum(block.nbytes for block in blocks)
+        self.count(staged_bytes=nbytes, stored_bytes_read=loaded.stored_bytes)
+        return Staged(blocks[-1].stop // BLOCK_TOKENS, loaded.fidelity)
 
     def _reserve(self, mine: _Ticket, size: int, deadline: float) -> bool:
         """Take room, or wait for it; whether there is."""
@@ -282,10 +220,23 @@ class Mover:
         mine = self._tickets.get(ticket)
         return mine is not None and mine.staging is not None and not mine.staging.done()
 
-    def staged_block(self, ticket: str) -> KVBlock | None:
-        """What is staged for a request, for those who fill pages themselves."""
-        mine = self._tickets.get(ticket)
-        return None if mine is None else mine.block
+    def staged_part(self, ticket: str, first_token: int, stop: int) -> tuple[KVBlock, ...]:
+        """What is staged of some tokens of a request, in whole pages; () if it is not all there.
+
+        Its tensors must not be written to; see `KVStore.borrow`.
+        """
+        with self._room:
+            mine = self._tickets.get(ticket)
+            blocks = () if mine is None else mine.blocks
+        if not blocks or not blocks[0].start <= first_token < stop <= blocks[-1].stop:
+            return ()
+        if any((block.stop - first_token) % self.pages.page_tokens for block in blocks[:-1]):
+            blocks = (KVBlock.join(blocks),)  # pages are larger than blocks
+        return tuple(
+            block.slice(max(block.start, first_token), min(block.stop, stop))
+            for block in blocks
+            if block.start < stop and first_token < block.stop
+        )
 
     def release(self, ticket: str) -> None:
         """Drop what is staged, or will be, for a request."""
@@ -294,8 +245,8 @@ class Mover:
             if mine is None:
                 return
             mine.dropped = True
-            if mine.block is not None:
-                mine.block = None
+            if mine.blocks:
+                mine.blocks = ()
                 self._give_back(mine)
             mine.staged = None
             self._tickets[ticket] = _Ticket(saves=mine.saves)
@@ -331,16 +282,17 @@ class Mover:
         failed = pages
         begun = time.perf_counter()
         try:
-            with self._room:
-                mine = self._tickets.get(ticket)
-                block = None if mine is None else mine.block
             size = self.pages.page_tokens
-            last = first_token + len(pages) * size
-            if block is not None and block.start <= first_token and last <= block.stop:
+            parts = self.staged_part(ticket, first_token, first_token + len(pages) * size)
+            if parts:
                 ids = torch.tensor(pages)
-                part = block.slice(first_token, last)
-                for layer in part.layers:
-                    self.pages.write_layer(layer.layer_idx, ids, layer.keys, layer.values)
+                cuts = ids.split([part.num_tokens // size for part in parts])
+                self.pages.write_parts(
+                    [
+                        (some, [(layer.keys, layer.values) for layer in part.layers])
+                        for some, part in zip(cuts, parts, strict=True)
+                    ]
+                )
                 self._synchronize()
                 failed = ()
             else:
@@ -360,6 +312,14 @@ class Mover:
             )
             self.release(ticket)
             self._loaded.append((ticket, failed))
+            self._progress.set()
+
+    def wait_progress(self, seconds: float) -> bool:
+        """Wait until something was staged or loaded since the last call; whether it was."""
+        if not self._progress.wait(seconds):
+            return False
+        self._progress.clear()
+        return True
 
     def _synchronize(self) -> None:
         if self.pages.views[0].is_cuda:

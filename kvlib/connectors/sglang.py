@@ -37,7 +37,8 @@ from kvlib.codecs.base import describe_codec
 from kvlib.connectors.config import ConnectorConfig
 from kvlib.connectors.guard import guarded
 from kvlib.connectors.ledger import Ledger, RequestState
-from kvlib.connectors.mover import Mover, Save, Saving
+from kvlib.connectors.mover import Mover
+from kvlib.connectors.moves import Save, Saving
 from kvlib.connectors.sglang_config import check_config, check_pool, check_version, spec_of
 from kvlib.connectors.sglang_hooks import install
 from kvlib.connectors.sglang_pools import pages_of, verify_pool
@@ -72,8 +73,7 @@ class _Load:
     """Staged blocks and the slots they go to."""
 
     rid: str
-    block: KVBlock
-    slots: Tensor
+    parts: list[tuple[KVBlock, Tensor]]
 
 
 class _Offload(NamedTuple):
@@ -280,16 +280,17 @@ class KvlibLinker(UnifiedCacheLinker):  # type: ignore[misc]
     def load(self, rid: str, transfers: list[Any]) -> bool:
         """Queue what `lookup` promised; False (it is gone) makes SGLang compute it."""
         mine = self._requests.get(rid)
-        block = self.mover.staged_block(rid)
         slots = transfers[0].device_indices
-        if mine is None or block is None or self._closed or self._stale:
+        if mine is None or self._closed or self._stale:
             self.counts["load_refusals"] += 1
             return False
         first = mine.state.local_tokens
-        if not block.start <= first <= first + len(slots) <= block.stop:
+        parts = self.mover.staged_part(rid, first, first + len(slots))
+        if not parts:
             self.counts["load_refusals"] += 1
             return False
-        self._queued[rid] = _Load(rid, block.slice(first, first + len(slots)), slots)
+        cuts = list(slots.split([part.num_tokens for part in parts]))
+        self._queued[rid] = _Load(rid, list(zip(parts, cuts, strict=True)))
         mine.taken = True
         self.ledger.taken(mine.state, len(slots))
         return True
@@ -317,11 +318,12 @@ class KvlibLinker(UnifiedCacheLinker):  # type: ignore[misc]
             with self._side_stream() as landed:
                 for layer in range(pages.num_layers):
                     for load in batch:
-                        kv = load.block.layers[layer]
-                        pages.write_layer(layer, load.slots, kv.keys, kv.values)
+                        for block, slots in load.parts:
+                            kv = block.layers[layer]
+                            pages.write_layer(layer, slots, kv.keys, kv.values)
                     landed()
                     counter.complete(index, layer)
-            tokens = sum(len(load.slots) for load in batch)
+            tokens = sum(len(slots) for load in batch for _, slots in load.parts)
             taken = int((time.perf_counter() - begun) * 1e6)
             self.mover.count(loaded_tokens=tokens, load_us=taken)
         except Exception as exc:  # noqa: BLE001 (SGLang aborts these requests)

@@ -51,6 +51,12 @@ class SlotPages:
         if self._values is not None:
             _put(self._values[layer], slots, values)
 
+    def write_parts(self, parts: Sequence[tuple[Tensor, Sequence[tuple[Tensor, Tensor]]]]) -> None:
+        """Put keys and values of all layers into several runs of slots."""
+        for pages, layers in parts:
+            for layer, (keys, values) in enumerate(layers):
+                self.write_layer(layer, pages, keys, values)
+
 
 def _rows(buffer: Tensor, slots: Tensor) -> Tensor:
     return buffer.index_select(0, slots).transpose(0, 1).contiguous().cpu()

@@ -9,7 +9,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from kvlib.connectors.mover import Save
+from kvlib.connectors.moves import Save
 from kvlib.spec import EXACT
 
 __all__ = ["Answer", "KvlibMetadata", "KvlibWorkerMetadata"]

@@ -14,7 +14,8 @@ from kvlib.codecs import build_codec
 from kvlib.codecs.base import describe_codec
 from kvlib.connectors.config import ConnectorConfig
 from kvlib.connectors.ledger import Ledger, RequestState
-from kvlib.connectors.mover import Mover, Staged
+from kvlib.connectors.mover import Mover
+from kvlib.connectors.moves import Staged
 from kvlib.connectors.vllm_meta import Answer, KvlibMetadata
 from kvlib.connectors.vllm_worker import mover_of
 from kvlib.keys import BLOCK_TOKENS
@@ -28,7 +29,9 @@ __all__ = ["SchedulerHalf"]
 _FINISH_WAIT_S = 0.1
 _DRIVEN_WAIT_S = 2.0
 _GRACE_S = 1.0
-_IDLE_S = 0.0005
+_REST_S = 0.0005
+_LONG_REST_S = 0.005
+_MOMENT_S = 0.2
 
 
 class SchedulerHalf:
@@ -82,6 +85,7 @@ class SchedulerHalf:
         self._questions: dict[str, int] = {}  # the last one of each request
         self._partial: dict[str, Answer] = {}  # not all ranks have answered
         self._numbers = count()
+        self._idle_since: float | None = None
         self._pages: dict[str, tuple[int, ...]] = {}  # that are being loaded
 
     @property
@@ -204,10 +208,10 @@ class SchedulerHalf:
 
     def plan(self, scheduled: Any) -> None:
         """Note what a step (a `SchedulerOutput`) completes, and whose pages it takes away."""
-        if not scheduled.num_scheduled_tokens and self._peer is not None and self.ledger.requests:
-            # Nothing to compute: all wait for blocks. An engine that asks without a pause takes the
-            # interpreter from the threads that bring them.
-            time.sleep(_IDLE_S)
+        if scheduled.num_scheduled_tokens:
+            self._idle_since = None
+        elif self.ledger.requests and not self._outbox.loads:
+            self._rest()
         for ticket in scheduled.preempted_req_ids or ():
             self._outbox.preempted.append(ticket)
             state = self.ledger.requests.get(ticket)
@@ -232,6 +236,23 @@ class SchedulerHalf:
                 state.planned = state.scheduled
                 pages = scheduled.kv_connector_block_state.get_block_ids(ticket)[0]
                 self._outbox.saves.append(self.ledger.save(state, due, pages, self._fidelity))
+
+    def _rest(self) -> None:
+        """Nothing to compute: all wait for blocks, which threads of this process bring.
+
+        An engine that asks without a pause takes the interpreter from them. What is in memory is
+        there in a moment, so it waits for that; what takes longer is a disk, which needs no
+        interpreter, and others may come meanwhile.
+        """
+        peer = self._peer
+        if peer is None:
+            return
+        now = time.monotonic()
+        if self._idle_since is None:
+            self._idle_since = now
+        long = now - self._idle_since < _MOMENT_S
+        if peer.wait_progress(_LONG_REST_S if long else _REST_S):
+            self._idle_since = None
 
     def update(self, connector_output: Any) -> None:
         """What became of stages and loads."""

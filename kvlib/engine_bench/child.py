@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any, NamedTuple
 
 from kvlib.engine_bench.probes import Calls, stall_disk, time_calls
@@ -40,6 +41,12 @@ Ask = Callable[[Sequence[int], int, "str | None"], Answer]
 """Prompt, tokens to generate, cache_salt."""
 
 
+_CONNECTOR = {
+    "kv_connector": "KvlibConnector",
+    "kv_connector_module_path": "kvlib.connectors.vllm",
+}
+
+
 def _vllm(options: dict[str, Any]) -> tuple[Ask, Callable[[], None], Callable[[], None]]:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -55,8 +62,7 @@ def _vllm(options: dict[str, Any]) -> tuple[Ask, Callable[[], None], Callable[[]
     }
     if options["connector"] == "kvlib":
         given["kv_transfer_config"] = {
-            "kv_connector": "KvlibConnector",
-            "kv_connector_module_path": "kvlib.connectors.vllm",
+            **_CONNECTOR,
             "kv_role": "kv_both",
             "kv_load_failure_policy": "recompute",
             "kv_connector_extra_config": options["store"],
@@ -161,9 +167,7 @@ def main() -> None:
     name, options = sys.argv[1], json.loads(sys.argv[2])
     calls: Calls = []
     if options.get("time_calls"):
-        from kvlib.connectors.vllm import KvlibConnector
-
-        time_calls(KvlibConnector, calls)
+        time_calls(import_module(_CONNECTOR["kv_connector_module_path"]).KvlibConnector, calls)
     ask, forget, close = _ENGINES[name](options)
 
     def say(value: Any) -> None:

@@ -4,7 +4,6 @@
 import os
 import random
 import shutil
-import signal
 import time
 from pathlib import Path
 
@@ -30,22 +29,28 @@ def text():
 @pytest.fixture(scope="module")
 def prompts(text):
     """Prompts of each test: a long one, a batch that shares a prefix, one cut mid-way, others."""
-    shared = text[6000:6400]
+    shared = text[6000:6200]
     return {
         "long": [text[:LONG]],
         "batch": [shared + text[7000 + 200 * i : 7150 + 200 * i] for i in range(3)],
         "cut": [shared + text[7000:7100] + text[9000:9100]],
         "short": [text[9500:9540]],
-        "fault": [text[10000:10700]],
-        "salt": [text[11000:11400]],
+        "fault": [text[10000:10350]],
+        "salt": [text[11000:11200]],
     }
 
 
 @pytest.fixture(scope="module")
-def plain(prompts):
-    """What the engine says without kvlib."""
+def without():
+    """An engine without kvlib."""
     with Engine(MODEL, enable_prefix_caching=False) as engine:
-        return {name: engine.generate(*batch)["tokens"] for name, batch in prompts.items()}
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def plain(without, prompts):
+    """What the engine says without kvlib."""
+    return {name: without.generate(*batch)["tokens"] for name, batch in prompts.items()}
 
 
 @pytest.fixture(scope="module")
@@ -78,14 +83,15 @@ def test_a_long_prompt_is_stored_and_found_again(engine, prompts, plain):
 
 def test_a_new_process_finds_it(engine, folder, prompts, plain):
     """Also while the first one is there; with chunked prefill, and without prefix caching."""
-    with Engine(MODEL, folder, max_num_batched_tokens=512, enable_prefix_caching=False) as other:
+    options = {"max_num_batched_tokens": 512, "enable_prefix_caching": False}
+    with Engine(MODEL, folder, fresh=True, **options) as other:
         warm = other.generate(*prompts["long"])
         assert warm["cached"][0] >= 0.95 * LONG
         assert warm["tokens"] == plain["long"]
         batch = other.generate(*prompts["batch"])  # stored in chunks of 512 tokens
         assert batch["tokens"] == plain["batch"]
         again = other.generate(*prompts["batch"])
-        assert min(again["cached"]) >= 512 - PAGE
+        assert min(again["cached"]) >= 320 - PAGE
         assert again["tokens"] == plain["batch"]
         assert other.counts()["errors"] == 0
 
@@ -97,7 +103,7 @@ def test_a_batch_with_a_shared_prefix(engine, prompts, plain):
     engine.reset()
     again = engine.generate(*prompts["batch"])
     assert again["tokens"] == plain["batch"]
-    assert min(again["cached"]) >= 512 - PAGE
+    assert min(again["cached"]) >= 320 - PAGE
 
 
 def test_a_prefix_cut_midway(engine, prompts, plain):
@@ -105,7 +111,7 @@ def test_a_prefix_cut_midway(engine, prompts, plain):
     engine.reset()
     cut = engine.generate(*prompts["cut"])
     assert cut["tokens"] == plain["cut"]
-    assert 448 <= cut["cached"][0] <= 500
+    assert 256 <= cut["cached"][0] <= 300
 
 
 def test_part_of_it_is_in_the_engine(engine, prompts, plain):
@@ -134,7 +140,7 @@ def test_salts_share_nothing(engine, prompts, plain):
     for salt in ("a", None):
         engine.reset()
         warm = engine.generate(*prompts["salt"], salts=[salt])
-        assert warm["cached"][0] == 384
+        assert warm["cached"][0] == 192
         assert warm["tokens"] == plain["salt"]
 
 
@@ -154,22 +160,22 @@ def test_hints_of_a_client(engine, text):
 def test_what_was_generated_is_found_too(engine, text):
     """The next turn of a conversation begins with the answer."""
     prompt = text[12000:12100]
-    out = engine.generate(prompt, max_tokens=200)["tokens"][0]
+    out = engine.generate(prompt, max_tokens=100)["tokens"][0]
     engine.reset()
     turn = engine.generate(prompt + out + text[12200:12230])
-    assert turn["cached"][0] >= 256
+    assert turn["cached"][0] >= 192
 
 
 def test_a_reset_of_the_connector_makes_all_unreachable(folder, prompts, plain):
     """As after new weights; another engine with the old ones finds them."""
     with Engine(MODEL, folder) as other:
-        assert other.generate(*prompts["salt"])["cached"] == [384]
+        assert other.generate(*prompts["salt"])["cached"] == [192]
         other.reset(connector=True)
         gone = other.generate(*prompts["salt"])
         assert gone["cached"] == [0]
         assert gone["tokens"] == plain["salt"]
         other.reset()
-        assert other.generate(*prompts["salt"])["cached"] == [384]  # of the new epoch
+        assert other.generate(*prompts["salt"])["cached"] == [192]  # of the new epoch
 
 
 def store_files(folder):
@@ -184,7 +190,7 @@ def test_faults_while_the_engine_runs(tmp_path, prompts, plain):
     with Engine(MODEL, folder, extra={"memory": 0}) as engine:
         assert engine.generate(prompt)["tokens"] == plain["fault"]
         engine.reset()
-        assert engine.generate(prompt)["cached"] == [640]
+        assert engine.generate(prompt)["cached"] == [320]
 
         rng = random.Random(0)
         for path in store_files(folder):
@@ -198,7 +204,7 @@ def test_faults_while_the_engine_runs(tmp_path, prompts, plain):
         engine.reset()
         damaged = engine.generate(prompt)
         assert damaged["tokens"] == plain["fault"]
-        assert damaged["cached"][0] < 640
+        assert damaged["cached"][0] < 320
         engine.reset()
         assert engine.generate(prompt)["tokens"] == plain["fault"]
 
@@ -226,25 +232,24 @@ def test_a_full_disk(tmp_path, prompts, plain):
 
 
 def test_a_stalled_disk(tmp_path, prompts, plain):
-    """The disk hangs for 5 s: a request waits as long as it was told to, the engine never does."""
-    folder = tmp_path / "kv"
-    with Engine(MODEL, folder, extra={"memory": 0}) as engine:
-        engine.generate(*prompts["fault"])
+    """The disk hangs: a request waits as long as it was told to, the engine never does."""
     extra = {"memory": 0, "deadline": 1.0}
-    with Engine(MODEL, folder, extra=extra, time_calls=True) as engine:
-        engine.generate(*prompts["short"])
+    with Engine(MODEL, tmp_path / "kv", extra=extra, time_calls=True) as engine:
+        engine.generate(*prompts["fault"])
+        engine.reset()
         engine.ask("calls")
-        engine.ask("stall", seconds=5)
-        slow = engine.generate(*prompts["fault"], max_tokens=64)
+        engine.ask("stall")
+        slow = engine.generate(*prompts["fault"], max_tokens=32)
+        assert slow["cached"] == [0]
         assert slow["tokens"][0][:8] == plain["fault"][0]
         calls = engine.ask("calls")["calls"]
-        assert len(calls) > 500
-        time.sleep(5)
+        assert len(calls) > 250
+        engine.ask("stall", over=True)
         engine.reset()
         assert engine.generate(*prompts["fault"])["tokens"] == plain["fault"]
 
 
-def test_another_model_never_hits(tmp_path, engine, prompts, plain):
+def test_another_model_never_hits(tmp_path, prompts, plain):
     """The same weights under another name are another model to the store."""
     with Engine(MODEL, tmp_path / "kv", extra={"model_id": "one"}) as one:
         one.generate(*prompts["salt"])
@@ -254,7 +259,7 @@ def test_another_model_never_hits(tmp_path, engine, prompts, plain):
         assert other["tokens"] == plain["salt"]
 
 
-def test_two_engines_and_a_kill(tmp_path, prompts, plain, text):
+def test_two_engines_and_a_kill(tmp_path, prompts, plain):
     """One is killed while it stores; the other goes on, and nothing wrong is found afterwards."""
     folder = tmp_path / "kv"
     with Engine(MODEL, folder) as survivor:
@@ -267,7 +272,6 @@ def test_two_engines_and_a_kill(tmp_path, prompts, plain, text):
         while not store_files(folder) and time.monotonic() < limit:
             time.sleep(0.05)
         time.sleep(random.Random(1).random())
-        os.kill(victim.child.pid, signal.SIGKILL)
         victim.kill()
         survivor.reset()
         assert survivor.generate(*prompts["batch"])["tokens"] == plain["batch"]
@@ -283,46 +287,47 @@ def test_a_lossy_codec_says_so(tmp_path, prompts):
         cold = engine.generate(prompt, max_tokens=1)
         engine.reset()
         warm = engine.generate(prompt, max_tokens=1)
-        assert warm["cached"] == [640]
+        assert warm["cached"] == [320]
         assert warm["tokens"] == cold["tokens"]
         counts = engine.counts()
         assert counts["stored_bytes_read"] * 5 < counts["staged_bytes"]
 
 
-def test_ngram_speculation_stores_accepted_tokens_only(tmp_path, text):
+def test_ngram_speculation_stores_accepted_tokens_only(tmp_path, without, text):
     """Drafts that were refused leave no trace in the store."""
-    prompt = (text[100:164] * 6)[:300]
+    prompt = (text[100:164] * 3)[:180]
     speculative = {
         "method": "ngram",
         "num_speculative_tokens": 4,
         "prompt_lookup_max": 4,
         "prompt_lookup_min": 2,
     }
-    with Engine(MODEL, enable_prefix_caching=False) as engine:
-        plain = engine.generate(prompt, max_tokens=150)["tokens"][0]
+    plain = without.generate(prompt, max_tokens=90)["tokens"][0]
     with Engine(MODEL, tmp_path / "kv", speculative_config=speculative) as engine:
-        assert engine.generate(prompt, max_tokens=150)["tokens"][0] == plain
-        assert engine.ask("metrics")["spec_decode_num_draft_tokens"] > 0
+        assert engine.generate(prompt, max_tokens=90)["tokens"][0] == plain
+        metrics = engine.ask("metrics")
+        assert metrics["spec_decode_num_accepted_tokens"] > 0
+        assert metrics["spec_decode_num_accepted_tokens"] < metrics["spec_decode_num_draft_tokens"]
         engine.reset()
-        turn = prompt + plain
-        again = engine.generate(turn + text[:5], max_tokens=20)
-        assert again["cached"][0] >= 384
-    with Engine(MODEL, enable_prefix_caching=False) as engine:
-        assert engine.generate(turn + text[:5], max_tokens=20)["tokens"] == again["tokens"]
+        turn = prompt + plain + text[:5]
+        again = engine.generate(turn, max_tokens=20)
+        assert again["cached"][0] >= 256
+    assert without.generate(turn, max_tokens=20)["tokens"] == again["tokens"]
 
 
-def test_preemption(tmp_path, prompts, plain, text):
+def test_preemption(tmp_path, without, text):
     """More requests than the engine has pages for: some lose theirs while they are being saved."""
-    many = [text[13000 + 300 * i : 13280 + 300 * i] for i in range(6)]
-    small = {"num_gpu_blocks_override": 40, "max_model_len": 1024}
-    with Engine(MODEL, enable_prefix_caching=False) as engine:
-        expected = engine.generate(*many, max_tokens=100)["tokens"]
+    many = [text[13000 + 300 * i : 13150 + 300 * i] for i in range(4)]
+    expected = without.generate(*many, max_tokens=48)["tokens"]
+    small = {"num_gpu_blocks_override": 18, "max_model_len": 512}
     with Engine(MODEL, tmp_path / "kv", **small) as engine:
-        assert engine.generate(*many, max_tokens=100)["tokens"] == expected
+        assert engine.generate(*many, max_tokens=48)["tokens"] == expected
         assert engine.ask("metrics")["num_preemptions"] > 0
         assert engine.counts()["errors"] == 0
         engine.reset()
-        assert engine.generate(*many, max_tokens=100)["tokens"] == expected
+        again = engine.generate(*many, max_tokens=48)
+        assert again["tokens"] == expected
+        assert min(again["cached"]) >= 128
 
 
 @pytest.mark.parametrize(

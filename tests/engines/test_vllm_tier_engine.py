@@ -42,9 +42,9 @@ def prompts(model_folder):
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     text = tokenizer.encode("\n".join(topics[name] for name in sorted(topics)[:20]))
-    shared = text[2000:2300]
+    shared = text[2000:2200]
     return {
-        "long": [text[:1500]],
+        "long": [text[:800]],
         "batch": [shared + text[3000 + 200 * i : 3150 + 200 * i] for i in range(3)],
     }
 
@@ -86,12 +86,12 @@ def test_what_was_stored_is_promoted_and_answers_do_not_change(start, prompts, p
     with start() as engine:
         assert_same(engine, prompts, plain, least=0)
         first = engine.ask("metrics")
-        assert first["kvlib_tier_puts"] >= 30
+        assert first["kvlib_tier_puts"] >= 18
         for _ in range(2):
             assert engine.ask("reset", connector=True)["done"]
             assert_same(engine, prompts, plain, least=1)
         second = engine.ask("metrics")
-        assert second["kvlib_tier_hits"] >= 60
+        assert second["kvlib_tier_hits"] >= 36
         assert second.get("kvlib_tier_failures", 0) == 0
 
 

@@ -4,8 +4,8 @@
 import pytest
 import torch
 
-from kvlib.connectors.layouts import LAYOUTS, Pages, verify_layout
-from kvlib.errors import ConnectorError
+from kvlib.connectors.layouts import LAYOUTS, Pages, VecPages, verify_layout
+from kvlib.errors import ConnectorError, ShapeError
 
 
 def place(name, page, heads, size, dim, keys, values):
@@ -29,9 +29,12 @@ def place(name, page, heads, size, dim, keys, values):
     return out.view(heads, size, content)
 
 
-@pytest.fixture(params=sorted(LAYOUTS))
-def name(request):
-    return request.param
+@pytest.fixture(params=[*sorted(LAYOUTS), "cpu-vec without numba"])
+def name(request, monkeypatch):
+    name, _, plain = request.param.partition(" ")
+    if plain:
+        monkeypatch.setattr(LAYOUTS[name], "_compiled", False)
+    return name
 
 
 def make(name, pages=5, heads=2, size=32, dim=32, dtype=torch.float32):
@@ -133,3 +136,61 @@ def test_an_engine_that_swapped_keys_and_values_is_refused():
 def test_layers_with_pages_of_different_sizes_are_refused():
     with pytest.raises(ConnectorError, match="16, 32"):
         Pages([torch.zeros(2, 1, 16, 8), torch.zeros(2, 1, 32, 8)], LAYOUTS["rows"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_compiled_or_not_is_the_same(dtype):
+    """Also into memory and out of records with strides of their own."""
+    compiled, plain = VecPages(), VecPages(compiled=False)
+    assert compiled._kernels() is not None, "numba is to be tested here"
+    frame = torch.zeros(7, 3, 4, 16, 64, dtype=dtype)
+    views = [frame[:, i, 1:4] for i in range(2)]
+    numbers = torch.randn(3, 96, 2, 32).to(dtype).transpose(1, 2)
+    keys, values = numbers[:, 0, 16:80], numbers[:, 1, 16:80]
+    keys, values = (x.clone(memory_format=torch.contiguous_format) for x in (keys, values))
+    part = torch.zeros(3, 96, 32, dtype=dtype)[:, 8:72]
+    for pages in ([2, 3, 4, 5], [6, 0, 3, 1]):
+        ids = torch.tensor(pages)
+        for source in ((keys, values), (part.copy_(keys), values.clone())):
+            for layout, view in zip((compiled, plain), views, strict=True):
+                layout.write(view, ids, *source)
+            assert torch.equal(views[0], views[1])
+        for layout in (compiled, plain):
+            got = layout.read(views[0], ids)
+            assert torch.equal(got[0], keys)
+            assert torch.equal(got[1], values)
+    assert not frame[:, 2].any()
+    assert not frame[:, :, 0].any()
+
+
+@pytest.mark.parametrize("pages", [[0, 5], [-1, 0]])
+def test_a_page_that_is_not_there_is_not_written(pages):
+    """The kernels check nothing while they copy."""
+    memory = torch.zeros(5, 2, 16, 64)
+    keys = torch.ones(2, 32, 32)
+    with pytest.raises(ShapeError):
+        VecPages().write(memory, torch.tensor(pages), keys, keys.clone())
+    assert not memory.any()
+    with pytest.raises((IndexError, RuntimeError)):
+        VecPages(compiled=False).write(memory, torch.tensor(pages), keys, keys.clone())
+
+
+def test_all_layers_and_records_at_once(name):
+    """Runs of pages of several lengths, as one call; a layer's numbers in each of them."""
+    views, layers = [], []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        memory, keys, values = make(name)
+        views.append(memory)
+        layers.append((keys, values))
+    cuts = {(0, 1): [4], (1, 3): [2, 0]}
+    parts = [
+        (torch.tensor(ids), [tuple(x[:, 32 * a : 32 * b] for x in pair) for pair in layers])
+        for (a, b), ids in cuts.items()
+    ]
+    Pages(views, LAYOUTS[name]).write_parts(parts)
+    for view, (keys, values) in zip(views, layers, strict=True):
+        got = LAYOUTS[name].read(view, torch.tensor([4, 2, 0]))
+        assert torch.equal(got[0], keys)
+        assert torch.equal(got[1], values)
+        assert not view[[1, 3]].any()

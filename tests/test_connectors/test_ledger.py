@@ -7,7 +7,7 @@ from hypothesis import given
 
 from kvlib.connectors.identity import request_salt
 from kvlib.connectors.ledger import Ledger
-from kvlib.connectors.mover import Staged
+from kvlib.connectors.moves import Staged
 from kvlib.keys import block_keys
 from kvlib.spec import EXACT, KVSpec, LayerSpec
 

@@ -4,11 +4,13 @@
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 
 from kvlib.connectors.layouts import LAYOUTS, Pages
-from kvlib.connectors.mover import Mover, Save, Staged
+from kvlib.connectors.mover import Mover
+from kvlib.connectors.moves import Save, Staged
 from kvlib.keys import block_keys
 from kvlib.spec import KVSpec, LayerSpec
 from kvlib.store.store import KVStore
@@ -50,6 +52,10 @@ def filled(tmp_path):
     mover.close()
 
 
+def address_of(view):
+    return np.frombuffer(view, np.uint8).ctypes.data
+
+
 def wait_loaded(mover):
     limit = far()
     while time.monotonic() < limit:
@@ -58,6 +64,55 @@ def wait_loaded(mover):
             return done
         time.sleep(0.001)
     raise AssertionError("never loaded")
+
+
+@pytest.mark.parametrize("first", [0, 4, 8])
+@pytest.mark.parametrize("codec", ["raw", "exact"])
+def test_pages_longer_than_blocks(tmp_path, codec, first):
+    """Records end within a page of 128 tokens: 640 tokens are two of 4 blocks and two of one."""
+    old, new = make_pages(size=128, pages=8), make_pages(seed=1, size=128, pages=8)
+    store = KVStore(tmp_path / "kv", memory="64MiB", memory_codec=codec)
+    mover = make_mover(store, old)
+    mover.save(Save(ticket="a", keys=KEYS[:9], first=0, pages=range(5), first_page=0))
+    mover.save(Save(ticket="b", keys=KEYS, first=9, pages=[4], first_page=4))
+    assert mover.wait_saved("a", 30)
+    assert mover.wait_saved("b", 30)
+    mover.stage("a", KEYS, first, far())
+    assert mover.wait_staged("a", 30) == Staged(10)
+    mover.pages = new
+    skip = -(-first // 2)
+    mover.load("a", range(skip, 5), skip * 128)
+    assert wait_loaded(mover) == [("a", ())]
+    for layer in range(3):
+        assert torch.equal(old.views[layer][skip:5], new.views[layer][skip:5])
+    mover.close()
+
+
+def test_what_memory_holds_uncoded_is_not_copied(tmp_path, monkeypatch):
+    """It is lent, stays as it is when the tier drops it, and is given back when it is released."""
+    pages = make_pages()
+    mover = make_mover(KVStore(tmp_path / "kv", memory="64MiB", memory_codec="raw"), pages)
+    mover.save(Save(ticket="a", keys=KEYS, first=0, pages=range(20), first_page=0))
+    assert mover.wait_saved("a", 30)
+    expected = [pages.read_layer(layer, torch.arange(20)) for layer in range(3)]
+    mover.stage("b", KEYS, 0, far())
+    assert mover.wait_staged("b", 30) == Staged(10)
+    memory = mover.store._memory
+    lent = memory.lend(next(iter(memory.keys())))
+    places = range(lent_at := address_of(lent), lent_at + lent.nbytes)
+    parts = mover.staged_part("b", 0, 640)
+    assert any(part.layers[0].keys.data_ptr() in places for part in parts)
+    memory.trim(0)
+    for view in pages.views:
+        view.zero_()
+    mover.load("b", range(20), 0)
+    assert wait_loaded(mover) == [("b", ())]
+    for layer, (keys, values) in enumerate(expected):
+        now = pages.read_layer(layer, torch.arange(20))
+        assert torch.equal(now[0], keys)
+        assert torch.equal(now[1], values)
+    assert mover._reserved == 0
+    mover.close()
 
 
 @pytest.mark.parametrize(("first", "skip"), [(0, 0), (3, 6), (4, 9)])
@@ -129,7 +184,7 @@ def test_an_error_of_the_store_is_a_miss(filled, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("the medium is gone")
 
-    monkeypatch.setattr(mover.store, "load", broken)
+    monkeypatch.setattr(mover.store, "borrow", broken)
     mover.stage("b", KEYS, 0, far())
     assert mover.wait_staged("b", 30) == Staged(0)
     assert mover.counts["stage_errors"] == 1
@@ -243,7 +298,7 @@ def test_pages_given_away_are_not_read_any_more(tmp_path):
         view.zero_()
     mover.stage("b", KEYS, 0, far())
     assert mover.wait_staged("b", 30) == Staged(4)
-    block = mover.staged_block("b")
+    (block,) = mover.staged_part("b", 0, 256)
     for layer, (keys, values) in zip(block.layers, expected, strict=True):
         assert torch.equal(layer.keys, keys)
         assert torch.equal(layer.values, values)
