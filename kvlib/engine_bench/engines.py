@@ -221,8 +221,9 @@ def first_tokens(
 ) -> list[dict[str, Any]]:
     """Seconds to the first token: computed, and from the store by each codec, memory or disk.
 
-    For vLLM also with its own ExampleConnector. All engines are up at once and asked in turns, so
-    what is compared was measured within a second of each other.
+    For vLLM also with its own ExampleConnector. Its engines are all up at once and asked in turns,
+    so what is compared was measured within a second of each other. SGLang's take a core while they
+    wait, so they are up one after another.
     """
     runs: list[tuple[str, str, dict[str, Any]]] = []
     for i, codec in enumerate(codecs):
@@ -234,22 +235,25 @@ def first_tokens(
     times: list[list[float]] = [[] for _ in runs]
     cold: list[float] = []
     cached = [0] * len(runs)
-    with ExitStack() as stack:
-        children = []
-        for name, connector, store in runs:
-            child = stack.enter_context(Child(engine, model, store, connector=connector))
-            child.ask(prompt[:100], new=1)
-            cold.append(child.ask(prompt, new=1).seconds)
-            child.ask(prompt, new=1)
-            children.append(child)
-            step(f"{engine.name}, {name}: stored")
-        for turn in range(repeats):
-            for i in range(len(runs)):
-                i = (i + turn) % len(runs)
-                answer = children[i].ask(prompt, new=1)
-                times[i].append(answer.seconds)
-                cached[i] = answer.cached
-        step(f"{engine.name}: {repeats} times from each")
+    together = [range(len(runs))] if engine.name == "vllm" else [[i] for i in range(len(runs))]
+    for some in together:
+        with ExitStack() as stack:
+            children = {}
+            for i in some:
+                name, connector, store = runs[i]
+                child = stack.enter_context(Child(engine, model, store, connector=connector))
+                child.ask(prompt[:100], new=1)
+                cold.append(child.ask(prompt, new=1).seconds)
+                child.ask(prompt, new=1)
+                children[i] = child
+                step(f"{engine.name}, {name}: stored")
+            for turn in range(repeats):
+                for at in range(len(some)):
+                    i = some[(at + turn) % len(some)]
+                    answer = children[i].ask(prompt, new=1)
+                    times[i].append(answer.seconds)
+                    cached[i] = answer.cached
+    step(f"{engine.name}: {repeats} times from each")
     out: list[dict[str, Any]] = []
     for (name, connector, store), seconds, tokens in zip(runs, times, cached, strict=True):
         path = Path(str(store["path"]))
