@@ -31,7 +31,7 @@ _DRIVEN_WAIT_S = 2.0
 _GRACE_S = 1.0
 _REST_S = 0.0005
 _LONG_REST_S = 0.005
-_MOMENT_S = 0.2
+_MOMENT_S = 0.05
 
 
 class SchedulerHalf:
