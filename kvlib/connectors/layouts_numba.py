@@ -61,16 +61,16 @@ def _compiled(function: Callable[_P, None]) -> Callable[_P, None]:
     return cast("Callable[_P, None]", made)
 
 
-def _kernels(at: Any) -> tuple[Callable[..., None], Callable[..., None]]:
-    """Writing and reading of numbers that `at` points to.
+def _kernel(at: Any, *, into_pages: bool) -> Callable[..., None]:
+    """Copying of numbers that `at` points to, into pages or out of them.
 
-    Their arguments: addresses of the layers' memory; [page stride, head stride, H, N, D]; pages of
+    Its arguments: addresses of the layers' memory; [page stride, head stride, H, N, D]; pages of
     all parts, and where each part begins among them, and ends; addresses of keys and of values
     [parts, layers]; from a head to the next in each part.
     """
 
     @_compiled
-    def write(
+    def move(
         memory: _Int64,
         shape: _Int64,
         pages: _Int64,
@@ -84,59 +84,32 @@ def _kernels(at: Any) -> tuple[Callable[..., None], Callable[..., None]]:
         for part in range(starts.size - 1):
             for layer in range(memory.size):
                 whole = carray(at(memory[layer]), (_ENDLESS,))
-                k, v = (
-                    carray(at(keys[part, layer]), (_ENDLESS,)),
-                    carray(at(values[part, layer]), (_ENDLESS,)),
-                )
+                k = carray(at(keys[part, layer]), (_ENDLESS,))
+                v = carray(at(values[part, layer]), (_ENDLESS,))
                 for i in range(starts[part], starts[part + 1]):
                     for h in range(heads):
                         to = pages[i] * page_stride + h * head_stride
                         begin = h * rows[part] + (i - starts[part]) * page
-                        into, source = whole[to : to + page], k[begin : begin + page]
-                        for d in range(dim):
-                            for t in range(size):
-                                into[_u64(d * size + t)] = source[_u64(t * dim + d)]
-                        into = whole[to + page : to + 2 * page]
-                        source = v[begin : begin + page]
-                        for j in range(page):
-                            into[_u64(j)] = source[_u64(j)]
-
-    @_compiled
-    def read(
-        memory: _Int64,
-        shape: _Int64,
-        pages: _Int64,
-        starts: _Int64,
-        keys: _Int64,
-        values: _Int64,
-        rows: _Int64,
-    ) -> None:
-        page_stride, head_stride, heads, size, dim = shape
-        page = size * dim
-        for part in range(starts.size - 1):
-            for layer in range(memory.size):
-                whole = carray(at(memory[layer]), (_ENDLESS,))
-                k, v = (
-                    carray(at(keys[part, layer]), (_ENDLESS,)),
-                    carray(at(values[part, layer]), (_ENDLESS,)),
-                )
-                for i in range(starts[part], starts[part + 1]):
-                    for h in range(heads):
-                        to = pages[i] * page_stride + h * head_stride
-                        begin = h * rows[part] + (i - starts[part]) * page
-                        into, source = k[begin : begin + page], whole[to : to + page]
-                        for t in range(size):
+                        turned, mine = whole[to : to + page], k[begin : begin + page]
+                        theirs, plain = whole[to + page : to + 2 * page], v[begin : begin + page]
+                        if into_pages:
                             for d in range(dim):
-                                into[_u64(t * dim + d)] = source[_u64(d * size + t)]
-                        into = v[begin : begin + page]
-                        source = whole[to + page : to + 2 * page]
-                        for j in range(page):
-                            into[_u64(j)] = source[_u64(j)]
+                                for t in range(size):
+                                    turned[_u64(d * size + t)] = mine[_u64(t * dim + d)]
+                            for j in range(page):
+                                theirs[_u64(j)] = plain[_u64(j)]
+                        else:
+                            for t in range(size):
+                                for d in range(dim):
+                                    mine[_u64(t * dim + d)] = turned[_u64(d * size + t)]
+                            for j in range(page):
+                                plain[_u64(j)] = theirs[_u64(j)]
 
-    return write, read
+    return move
 
 
-_BY_SIZE = {2: _kernels(_at2), 4: _kernels(_at4)}
+_WRITE = {2: _kernel(_at2, into_pages=True), 4: _kernel(_at4, into_pages=True)}
+_READ = {2: _kernel(_at2, into_pages=False), 4: _kernel(_at4, into_pages=False)}
 
 
 def fits(views: Sequence[Tensor], parts: Sequence[Part]) -> bool:
@@ -152,7 +125,7 @@ def fits(views: Sequence[Tensor], parts: Sequence[Part]) -> bool:
     dim = content // 2
     if (
         view.device.type != "cpu"
-        or view.element_size() not in _BY_SIZE
+        or view.element_size() not in _WRITE
         or view.stride()[2:] != (content, 1)
         or view.stride(1) < size * content
         or any(_alike(x) != _alike(view) for x in views)
@@ -181,12 +154,12 @@ def write(views: Sequence[Tensor], parts: Sequence[Part]) -> None:
     Raises:
         ShapeError: there is no such page, or another number of layers.
     """
-    _BY_SIZE[views[0].element_size()][0](*_arguments(views, parts))
+    _WRITE[views[0].element_size()](*_arguments(views, parts))
 
 
 def read(views: Sequence[Tensor], parts: Sequence[Part]) -> None:
     """Take keys and values out of pages; see `write`."""
-    _BY_SIZE[views[0].element_size()][1](*_arguments(views, parts))
+    _READ[views[0].element_size()](*_arguments(views, parts))
 
 
 def _arguments(views: Sequence[Tensor], parts: Sequence[Part]) -> tuple[_Int64, ...]:
