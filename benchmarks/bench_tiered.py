@@ -33,9 +33,10 @@ from kvlib.store.leaf_io import Batch
 from kvlib.store.leaves import RUN_LEAVES, LeafFile, aligned
 
 METHODS = (
-    "full;percent:resident=0.1;quest:budget=0.1;leoam:budget=0.05;leoam:budget=0.1;"
-    "leoam:budget=0.25;leoam:codes=16,budget=0.1;leoam:codes=16,budget=0.2"
+    "full;percent:resident=0.1;quest:budget=0.25;leoam:budget=0.05;leoam:budget=0.1;"
+    "leoam:budget=0.25;leoam:codes=16,budget=0.2"
 )
+AHEAD = "leoam:budget=0.25;leoam:codes=16,budget=0.2"
 
 
 PIECE = 512
@@ -141,7 +142,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=128)
     parser.add_argument("--resident", type=float, default=0.2, help="share of the KV in memory")
     parser.add_argument("--methods", default=METHODS, help="separated by ;")
-    parser.add_argument("--ahead", default="leoam:budget=0.1", help="those also with ahead=True")
+    parser.add_argument("--ahead", default=AHEAD, help="those also with ahead=True")
     parser.add_argument("--kv", type=Path, default=None, help="file to keep the model's keys in")
     parser.add_argument("--folder", default=None, help="on the disk that is measured")
     args = parser.parse_args()

@@ -258,6 +258,6 @@ def verify_padding(header: Header, view: memoryview) -> None:
         *((s.offset, s.stored_bytes) for s in header.sections),
         (header.total_bytes, 0),
     ]:
-        if view[end:edge] != bytes(edge - end):
+        if edge != end and view[end:edge] != bytes(edge - end):
             raise CorruptDataError(f"padding before byte {edge} is not zero")
         end = edge + size

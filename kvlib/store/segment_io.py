@@ -12,6 +12,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import NamedTuple
 
+import numpy as np
+
 from kvlib.store.arena import Arena, address
 from kvlib.store.blockio import DIRECT_ALIGNMENT, SegmentFiles
 from kvlib.store.segment_format import PAGE, Entry, padded
@@ -21,6 +23,10 @@ __all__ = ["RecordIO"]
 
 _LEAST_PIECE = 1 << 20
 """A transfer this large keeps the device busy; two of half the size cost a thread's turn more."""
+
+
+_LEAST_SHARED = 1 << 14
+"""A copy of fewer bytes takes less time than letting another thread run meanwhile."""
 
 
 class _Piece(NamedTuple):
@@ -142,7 +148,7 @@ class RecordIO:
             self._files.read(piece.segment, wanted, piece.offset, deadline)
             if piece.start < PAGE:
                 header[:] = slot[:PAGE]
-            rest[:] = slot[at : at + rest.nbytes]
+            _copy(rest, slot[at : at + rest.nbytes])
 
     # -- writing
 
@@ -189,6 +195,14 @@ class RecordIO:
         self._arena.close()
 
 
+def _copy(target: memoryview, source: memoryview) -> None:
+    """Copy without the interpreter's lock, which a copy of memoryviews holds, if that is long."""
+    if target.nbytes < _LEAST_SHARED:
+        target[:] = source
+    else:
+        np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
+
+
 class _Source:
     """Bytes in pieces, taken from the front; zeros after their end."""
 
@@ -208,6 +222,6 @@ class _Source:
                 self._rest = following
                 continue
             count = min(self._rest.nbytes, target.nbytes - done)
-            target[done : done + count] = self._rest[:count]
+            _copy(target[done : done + count], self._rest[:count])
             self._rest = self._rest[count:]
             done += count

@@ -64,13 +64,7 @@ class _Arriving:
             header = verify_part(self._key, self._out[:there], mac_key=self._mac_key)
             _check_size(header, self._size)
             self._header = header
-        sections = self._header.sections
-        while self._next < len(sections):
-            info = sections[self._next]
-            if info.offset + info.stored_bytes > there:
-                return
-            self._header.verify(info, self._out[info.offset : info.offset + info.stored_bytes])
-            self._next += 1
+        self._next = self._header.verify_from(self._next, self._out[:there])
         if there == self._size:
             verify_padding(self._header, self._out)
 

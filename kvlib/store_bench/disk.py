@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writing and reading records of one size, against the raw device, before and after churn.
 
-Every repetition times the raw device and the stores in turns, and a ratio is taken within its
-repetition, so that a machine that is slow for a while is slow for both. Writes end when everything
-is on the device and the store is closed. Reads are in random order, and cold: past the page cache
-of this machine, or dropped from it before (what lies below, such as a hypervisor, may be warm).
+Every repetition times the raw device and the stores in turns (reads a slice of their bytes at a
+time), and a ratio is taken within its repetition, so that a machine that is slow for a while is
+slow for both.
+Writes end when everything is on the device and the store is closed. Reads are in random order, each
+block once, and cold: past the page cache of this machine, or dropped from it before (what lies
+below, such as a hypervisor, may be warm).
 """
 
 import os
@@ -12,6 +14,7 @@ import random
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -36,6 +39,9 @@ GRANULE = 1 << 14
 """Of a store of 16 GiB, which these stores are small stand-ins of."""
 
 _CHURN = 3
+_SLICE_BYTES = 1 << 27
+"""A disk's speed may change within a second: no turn is longer than it takes to move these."""
+
 _ORDER = {"raw": 0, "segment": 1, "segment unverified": 2, "file": 3}  # of the rows
 _VARIANTS = (0.5, 1.0, 1.5)
 _FILE_SHARE = 4  # the file tier gets a share of the records: an unlink may take milliseconds
@@ -43,6 +49,9 @@ _MOST_FILES = 512
 
 Step = Callable[[str], None]
 """Told what was just done."""
+
+_Way: TypeAlias = "Callable[[list[tuple[Blocks, int]], list[int]], Pass]"
+"""Times what some records, or as many blocks of the raw file at places, take."""
 
 Numbers: TypeAlias = "count[int]"
 """Gives each record a number of its own."""
@@ -185,46 +194,66 @@ class _Blocks:
 
     # -- passes
 
-    def _write(self, taken: _Taken, items: list[tuple[Blocks, int]], store: SegmentStore) -> None:
+    def _in_turns(
+        self,
+        taken: _Taken,
+        operation: str,
+        items: list[tuple[Blocks, int]],
+        ways: dict[str, _Way],
+        slices: int = 1,
+    ) -> None:
+        """Time each way with all items, and as many places of the raw file, slice by slice."""
+        places = list(range(self._count))
+        self._draw.shuffle(places)
+        slices = max(1, min(len(items), slices))
+        passes: dict[str, list[Pass]] = {what: [] for what in ways}
+        for i in range(slices):
+            part = slice(i, len(items), slices)
+            order = list(ways)
+            self._draw.shuffle(order)
+            for what in order:
+                passes[what].append(ways[what](items[part], places[part]))
+        for what, parts in passes.items():
+            taken.add(operation, what, Pass.joined(parts))
+
+    def _write(self, taken: _Taken, items: list[tuple[Blocks, int]]) -> None:
         """Time writing `items` to an open store, which is closed after."""
         callers = self._plan.callers
-        order = list(range(self._count))
-        self._draw.shuffle(order)
-        places = order[: len(items)]
-        works: list[Callable[[], None]] = [
-            lambda: taken.add("write", "raw", self._raw.write(self._size, places, callers)),
-            lambda: taken.add(
-                "write", "segment", at_once(items, callers, lambda: _writer(store), store.close)
-            ),
-        ]
-        self._draw.shuffle(works)
-        for work in works:
-            work()
+
+        def segment(some: list[tuple[Blocks, int]], _: list[int]) -> Pass:
+            store = self._open()
+            return at_once(some, callers, lambda: _writer(store), store.close)
+
+        def raw(_: list[tuple[Blocks, int]], places: list[int]) -> Pass:
+            return self._raw.write(self._size, places, callers)
+
+        self._in_turns(taken, "write", items, {"raw": raw, "segment": segment})
         self._live += items
 
     def _read(self, taken: _Taken, items: list[tuple[Blocks, int]]) -> None:
         callers = self._plan.callers
-        self._draw.shuffle(items)
-        places = [self._draw.randrange(self._count) for _ in items]
 
-        def segment(what: str, verify: Verify) -> None:
+        def segment(verify: Verify, some: list[tuple[Blocks, int]], _: list[int]) -> Pass:
             with self._open(verify) as store:
-                taken.add("read", what, at_once(items, callers, lambda: _reader(store, self._size)))
+                return at_once(some, callers, lambda: _reader(store, self._size))
 
-        works: list[Callable[[], None]] = [
-            lambda: taken.add("read", "raw", self._raw.read(self._size, places, callers)),
-            lambda: segment("segment", "always"),
-            lambda: segment("segment unverified", "never"),
-        ]
-        self._draw.shuffle(works)
-        for work in works:
-            work()
+        def raw(_: list[tuple[Blocks, int]], places: list[int]) -> Pass:
+            return self._raw.read(self._size, places, callers)
+
+        self._draw.shuffle(items)
+        ways: dict[str, _Way] = {
+            "raw": raw,
+            "segment": partial(segment, "always"),
+            "segment unverified": partial(segment, "never"),
+        }
+        slices = self._plan.batch_bytes // _SLICE_BYTES  # not of writes: each would have its flush
+        self._in_turns(taken, "read", items, ways, slices)
 
     def fresh(self, taken: _Taken) -> None:
         """Write a batch into an empty store and read it."""
-        store = self._open()
-        self._delete(store, len(self._live))
-        self._write(taken, self._new(self._blocks, self._count), store)
+        with self._open() as store:
+            self._delete(store, len(self._live))
+        self._write(taken, self._new(self._blocks, self._count))
         self._read(taken, list(self._live))
 
     def files(self, taken: _Taken) -> None:
@@ -275,7 +304,7 @@ class _Blocks:
     def churned(self, taken: _Taken) -> None:
         """Write into what churn left, each put evicting what it needs, and read that."""
         items = self._new(self._blocks, max(1, int(FILL * self._count)))
-        self._write(taken, items, self._open())
+        self._write(taken, items)
         self._read(taken, items)
         self.churn(1)
 

@@ -36,6 +36,15 @@ class Pass:
     seconds: float
     cpu_s: float
 
+    @classmethod
+    def joined(cls, parts: Sequence["Pass"]) -> "Pass":
+        """Several passes as one."""
+        return cls(
+            sum(p.nbytes for p in parts),
+            sum(p.seconds for p in parts),
+            sum(p.cpu_s for p in parts),
+        )
+
     @property
     def mb_per_s(self) -> float:
         """Megabytes (10^6) a second."""
