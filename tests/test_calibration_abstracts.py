@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 import kvlib
 from kvlib.artefacts import load_artefact, model_identity, save_artefact
 from kvlib.calibration import calibrate
-from kvlib.calibration.abstracts import sample_texts
+from kvlib.calibration.documents import sample_texts
 from kvlib.cli import app
 from kvlib.errors import ConfigError
 from kvlib.model_spec import spec_for_model

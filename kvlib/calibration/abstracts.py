@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kvlib.artefacts import Artefact, model_identity, save_artefact
 from kvlib.cache import KVCache
-from kvlib.calibration.documents import calibration_documents
+from kvlib.calibration.documents import sample_texts
 from kvlib.errors import ConfigError
 from kvlib.model_hooks import AttentionCall, decoder_of
 from kvlib.model_spec import spec_for_model
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from kvlib.calibration import Progress
 
-__all__ = ["calibrate", "sample_texts", "summary"]
+__all__ = ["calibrate", "summary"]
 
 _ROUNDS = 10
 
@@ -126,39 +126,6 @@ def calibrate(
     }
     settings[CHECKSUM] = checksum(identity, settings, tensors)
     return save_artefact(out, kind=KIND, model=identity, tensors=tensors, settings=settings)
-
-
-def sample_texts(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase | None",
-    texts: Mapping[str, str] | None,
-    most: int,
-    size: int,
-    seed: int,
-) -> list[Tensor]:
-    """Documents in mixed order, one after another, cut into pieces int64 [1, size].
-
-    Args:
-        model: whose vocabulary is meant.
-        tokenizer: its tokenizer; None for random tokens.
-        texts: documents by name; `calibration_documents` if None.
-        most: pieces at most.
-        size: tokens of each; the one piece of documents that have no more may be shorter.
-        seed: of the order.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    if tokenizer is None:
-        vocabulary = model.config.get_text_config(decoder=True).vocab_size
-        return list(torch.randint(0, vocabulary, (most, 1, size), generator=generator))
-    documents = list((calibration_documents() if texts is None else texts).values())
-    ids: list[int] = []
-    for i in torch.randperm(len(documents), generator=generator).tolist():
-        ids += tokenizer(documents[i])["input_ids"]
-        if len(ids) >= most * size:
-            break
-    count = min(len(ids) // size, most)
-    whole = [torch.tensor([ids[i * size : (i + 1) * size]]) for i in range(count)]
-    return whole or ([torch.tensor([ids])] if ids else [])
 
 
 class _Watched(KVCache):

@@ -19,7 +19,13 @@ from kvlib.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["calibration_documents", "read_documents", "sample_documents", "test_documents"]
+__all__ = [
+    "calibration_documents",
+    "read_documents",
+    "sample_documents",
+    "sample_texts",
+    "test_documents",
+]
 
 _TEST_TOPICS = ("formatstrings", "try", "with")
 _TEST_DOCSTRINGS = (
@@ -83,8 +89,7 @@ def sample_documents(
     """
     generator = torch.Generator().manual_seed(seed)
     if tokenizer is None:
-        vocabulary = model.config.get_text_config(decoder=True).vocab_size
-        return list(torch.randint(0, vocabulary, (most, 1, size), generator=generator))
+        return _random_tokens(model, most, size, generator)
     found = []
     for text in (calibration_documents() if texts is None else texts).values():
         ids = torch.tensor(tokenizer(text)["input_ids"])
@@ -93,6 +98,45 @@ def sample_documents(
             found.append(ids[None, at : at + size])
     order = torch.randperm(len(found), generator=generator).tolist()
     return [found[i] for i in order[:most]]
+
+
+def sample_texts(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase | None",
+    texts: Mapping[str, str] | None,
+    most: int,
+    size: int,
+    seed: int,
+) -> list[Tensor]:
+    """Documents in mixed order, one after another, cut into pieces int64 [1, size].
+
+    Args:
+        model: whose vocabulary is meant.
+        tokenizer: its tokenizer; None for random tokens.
+        texts: documents by name; `calibration_documents` if None.
+        most: pieces at most.
+        size: tokens of each; the one piece of documents that have no more may be shorter.
+        seed: of the order.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if tokenizer is None:
+        return _random_tokens(model, most, size, generator)
+    documents = list((calibration_documents() if texts is None else texts).values())
+    ids: list[int] = []
+    for i in torch.randperm(len(documents), generator=generator).tolist():
+        ids += tokenizer(documents[i])["input_ids"]
+        if len(ids) >= most * size:
+            break
+    count = min(len(ids) // size, most)
+    whole = [torch.tensor([ids[i * size : (i + 1) * size]]) for i in range(count)]
+    return whole or ([torch.tensor([ids])] if ids else [])
+
+
+def _random_tokens(
+    model: "PreTrainedModel", count: int, size: int, generator: torch.Generator
+) -> list[Tensor]:
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    return list(torch.randint(0, vocabulary, (count, 1, size), generator=generator))
 
 
 def read_documents(files: Iterable[Path]) -> dict[str, str]:

@@ -191,41 +191,13 @@ class Header:
         Raises:
             CorruptDataError: naming the section.
         """
-        if self.mac_key is None:
-            good = _checksum(data) == info.digest
-        else:
-            good = hmac.compare_digest(section_digest((data,), self.mac_key), info.digest)
-        if not good or data.nbytes != info.stored_bytes:
+        if data.nbytes != info.stored_bytes or not hmac.compare_digest(
+            section_digest((data,), self.mac_key), info.digest
+        ):
             raise CorruptDataError(
                 f"section {info.kind.name.lower()} of layer {info.layer_idx} does not match its "
                 "checksum"
             )
-
-    def verify_from(self, first: int, data: memoryview) -> int:
-        """Check sections from the one numbered `first` on, as far as they are there.
-
-        Args:
-            first: 0 or what the last call returned.
-            data: the container from its front on.
-
-        Returns:
-            The number of the first section that is not wholly there.
-
-        Raises:
-            CorruptDataError: naming the section that fails.
-        """
-        there = data.nbytes
-        for number in range(first, len(self.sections)):
-            info = self.sections[number]
-            end = info.offset + info.stored_bytes
-            if end > there:
-                return number
-            self.verify(info, data[info.offset : end])
-        return len(self.sections)
-
-
-def _checksum(data: Buffer) -> bytes:
-    return xxhash.xxh3_64_digest(data)[::-1] + _NO_MORE
 
 
 def section_digest(parts: Sequence[Buffer], mac_key: bytes | None) -> bytes:
@@ -235,12 +207,12 @@ def section_digest(parts: Sequence[Buffer], mac_key: bytes | None) -> bytes:
         for part in parts:
             mac.update(part)
         return mac.digest()
-    if len(parts) == 1:
-        return _checksum(parts[0])
+    if len(parts) == 1:  # a digest is big-endian
+        return xxhash.xxh3_64_digest(parts[0])[::-1] + _NO_MORE
     state = xxhash.xxh3_64()
     for part in parts:
         state.update(part)
-    return state.intdigest().to_bytes(8, "little") + _NO_MORE
+    return state.digest()[::-1] + _NO_MORE
 
 
 def align(n: int, alignment: int) -> int:

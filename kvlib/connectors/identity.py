@@ -1,11 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
 """Under which identity a request's blocks live, and a rank's share: the same on every engine."""
 
+from typing import Any
+
 from kvlib.errors import ConfigError
 from kvlib.keys import Namespace, digest
-from kvlib.spec import KVSpec
+from kvlib.model_spec import model_id_text, origin_identity, spec_for_config
+from kvlib.spec import DTYPES, KVSpec, LayerKind
 
-__all__ = ["rank_heads", "request_salt"]
+__all__ = ["engine_spec", "rank_heads", "request_salt"]
+
+
+def engine_spec(model: Any, name: object, model_id: str | None, connector: str) -> KVSpec:
+    """What the numbers in an engine's pages mean: the same as in transformers' cache of that model.
+
+    Args:
+        model: the engine's `ModelConfig`; vLLM's and SGLang's name what is read here alike.
+        name: where the engine took the model from.
+        model_id: what the operator calls its weights, if anything.
+        connector: for messages.
+
+    Raises:
+        ConfigError: the weights cannot be identified, or the model has other layers than full
+            attention or MLA.
+    """
+    dtype = str(model.dtype).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise ConfigError(f"the model computes in {dtype}; kvlib stores {', '.join(DTYPES)}")
+    text = model.hf_text_config
+    if model_id:
+        identity = model_id_text(model_id)
+    else:
+        commit = getattr(model.hf_config, "_commit_hash", None)
+        identity = origin_identity(str(name), commit, f"the model {name!r}")
+    quantization = getattr(model, "quantization", None)
+    if quantization and not getattr(text, "quantization_config", None):
+        identity += f"#quantized:{quantization}"
+    spec = spec_for_config(text, identity=identity, dtype=dtype)
+    spec.require((LayerKind.FULL, LayerKind.MLA), connector)
+    return spec
 
 
 def request_salt(salt: str, cache_salt: str | None) -> str | bytes:

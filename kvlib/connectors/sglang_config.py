@@ -9,9 +9,9 @@ from typing import Any
 
 from kvlib.connectors.config import ConnectorConfig
 from kvlib.connectors.guard import Versions
+from kvlib.connectors.identity import engine_spec
 from kvlib.errors import ConfigError
-from kvlib.model_spec import model_id_text, origin_identity, spec_for_config
-from kvlib.spec import DTYPES, KVSpec, LayerKind
+from kvlib.spec import KVSpec
 
 __all__ = ["VERSIONS", "check_config", "check_pool", "check_version", "spec_of"]
 
@@ -71,21 +71,7 @@ def spec_of(server_args: Any, config: ConnectorConfig) -> KVSpec:
     from sglang.srt.configs.model_config import ModelConfig
 
     model = ModelConfig.from_server_args(server_args)
-    dtype = str(model.dtype).removeprefix("torch.")
-    if dtype not in DTYPES:
-        raise ConfigError(f"the model computes in {dtype}; kvlib stores {', '.join(DTYPES)}")
-    text = model.hf_text_config
-    if config.model_id:
-        identity = model_id_text(config.model_id)
-    else:
-        commit = getattr(model.hf_config, "_commit_hash", None)
-        identity = origin_identity(str(model.model_path), commit, f"the model {model.model_path!r}")
-    quantization = getattr(model, "quantization", None)
-    if quantization and not getattr(text, "quantization_config", None):
-        identity += f"#quantized:{quantization}"
-    spec = spec_for_config(text, identity=identity, dtype=dtype)
-    spec.require((LayerKind.FULL, LayerKind.MLA), "KvlibLinker")
-    return spec
+    return engine_spec(model, model.model_path, config.model_id, "KvlibLinker")
 
 
 def check_pool(spec: KVSpec, pool: Any, layers: list[tuple[int, int]]) -> None:

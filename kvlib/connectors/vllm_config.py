@@ -9,10 +9,9 @@ from typing import Any
 from kvlib.codecs import build_codec
 from kvlib.connectors.config import ConnectorConfig
 from kvlib.connectors.guard import Versions
-from kvlib.connectors.identity import rank_heads
+from kvlib.connectors.identity import engine_spec, rank_heads
 from kvlib.errors import ConfigError
-from kvlib.model_spec import model_id_text, origin_identity, spec_for_config
-from kvlib.spec import DTYPES, KVSpec, LayerKind
+from kvlib.spec import KVSpec
 from kvlib.store.heads import check_model
 
 __all__ = ["VERSIONS", "check_config", "check_version", "spec_of"]
@@ -61,7 +60,7 @@ def check_config(vllm_config: Any, kv_cache_config: Any, config: ConnectorConfig
             f"KvlibConnector serves one: {tier}"
         )
     cache = vllm_config.cache_config.cache_dtype
-    if cache not in ("auto", _dtype(vllm_config)):
+    if cache not in ("auto", str(vllm_config.model_config.dtype).removeprefix("torch.")):
         raise ConfigError(
             f"kv_cache_dtype={cache!r}: the scales of quantized caches do not travel with blocks. "
             f"Use kv_cache_dtype=auto and let kvlib's codec make blocks small, or {tier}"
@@ -72,10 +71,6 @@ def check_config(vllm_config: Any, kv_cache_config: Any, config: ConnectorConfig
         check_model(spec, [build_codec(config.codec)], rank_heads(spec, 0, ranks)[0])
 
 
-def _dtype(vllm_config: Any) -> str:
-    return str(vllm_config.model_config.dtype).removeprefix("torch.")
-
-
 def spec_of(vllm_config: Any, config: ConnectorConfig) -> KVSpec:
     """What the numbers in vLLM's pages mean: the same as in transformers' cache of that model.
 
@@ -84,18 +79,4 @@ def spec_of(vllm_config: Any, config: ConnectorConfig) -> KVSpec:
             attention or MLA.
     """
     model = vllm_config.model_config
-    dtype = _dtype(vllm_config)
-    if dtype not in DTYPES:
-        raise ConfigError(f"the model computes in {dtype}; kvlib stores {', '.join(DTYPES)}")
-    text = model.hf_text_config
-    if config.model_id:
-        identity = model_id_text(config.model_id)
-    else:
-        commit = getattr(model.hf_config, "_commit_hash", None)
-        identity = origin_identity(str(model.model), commit, f"the model {model.model!r}")
-    quantization = getattr(model, "quantization", None)
-    if quantization and not getattr(text, "quantization_config", None):
-        identity += f"#quantized:{quantization}"
-    spec = spec_for_config(text, identity=identity, dtype=dtype)
-    spec.require((LayerKind.FULL, LayerKind.MLA), "KvlibConnector")
-    return spec
+    return engine_spec(model, model.model, config.model_id, "KvlibConnector")

@@ -64,7 +64,14 @@ class _Arriving:
             header = verify_part(self._key, self._out[:there], mac_key=self._mac_key)
             _check_size(header, self._size)
             self._header = header
-        self._next = self._header.verify_from(self._next, self._out[:there])
+        out, verify, sections = self._out, self._header.verify, self._header.sections
+        while self._next < len(sections):
+            info = sections[self._next]
+            end = info.offset + info.stored_bytes
+            if end > there:
+                return
+            verify(info, out[info.offset : end])
+            self._next += 1
         if there == self._size:
             verify_padding(self._header, self._out)
 
