@@ -7,6 +7,7 @@ The engine is simulated: ledger, mover and pages are those of the adapters.
 import importlib.util
 import random
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -33,6 +34,7 @@ from kvlib.store.files import FileStore
 from kvlib.store.heads import local_spec
 from kvlib.store.records import groups_to_write
 from kvlib.store.rules import Rules
+from kvlib.store.segments import SegmentStore
 from kvlib.testing.models import random_block
 from kvlib.testing.records import make_record
 from kvlib.testing.strategies import specs
@@ -365,7 +367,25 @@ def test_chunks_of_engines_are_read_back(tmp_path, codec):
     assert record[keys["offset"] :][: keys["stored_bytes"]] == data.tobytes()
 
 
-# Files that are wrong
+# Files that are wrong, or no longer right
+
+
+def test_what_was_replaced_is_not_read_from_segments(tmp_path):
+    """An earlier record's granules may hold its bytes for long after: the generation tells."""
+    key, old = make_record(1, size=3000)
+    _, new = make_record(1, size=6000)  # which the room of the old one cannot hold
+    with SegmentStore(tmp_path, capacity=1 << 20) as store:
+        assert store.put(key, old)
+        assert store.put(*make_record(2))
+        assert store.delete(key)
+        assert store.put(key, new)
+    before, after = (b"".join(map(bytes, parts)) for parts in (old, new))
+    assert any(before in path.read_bytes() for path in tmp_path.glob("seg-*.kv"))
+    assert reader.read_segments(tmp_path)[0][key.to_bytes()] == after
+    shutil.rmtree(tmp_path / "index.lmdb")  # the store's own way to find it from the headers
+    with SegmentStore(tmp_path, capacity=1 << 20) as store:
+        buffer = bytearray(16384)
+        assert bytes(buffer[: store.get_into(key, buffer)]) == after
 
 
 def test_both_readers_refuse_the_same_files(tmp_path):
