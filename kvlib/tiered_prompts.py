@@ -55,8 +55,6 @@ class Prompts:
         self._store = store
         self._spec = spec
         self._form = form
-        codecs = (store.memory_codec, store.codec)
-        self._gives_back = any(codec.lossless for codec in codecs)
 
     def load(self, keys: Sequence[BlockKey]) -> Iterator[tuple[Loaded, KVBlock, Abstracts | None]]:
         """Restore record by record what is stored of a prompt: blocks, and abstracts of some.
@@ -91,7 +89,7 @@ class Prompts:
     def save(self, keys: Sequence[BlockKey], block: KVBlock, fidelity: str, take: Take) -> int:
         """Store computed blocks with their abstracts; the blocks stored now."""
         report = self._store.put(self._spec, keys, block, fidelity=fidelity)
-        if fidelity == EXACT and self._gives_back and not report.dropped_blocks:
+        if fidelity == EXACT and self._store.gives_back and not report.dropped_blocks:
             self._put_abstracts(keys, block.start, block.stop, EXACT, take)
         return report.stored_blocks
 

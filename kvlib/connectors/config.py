@@ -38,6 +38,7 @@ class ConnectorConfig:
         staging: bytes of host memory for blocks on their way in, and as much for those on their way
             out.
         deadline: seconds that a request waits for its prefix at most.
+        abstracts: see `KVStore`.
     """
 
     path: str | None = None
@@ -54,6 +55,7 @@ class ConnectorConfig:
     min_tokens: int = 64
     staging: int | str = "2GiB"
     deadline: float = 10.0
+    abstracts: str | None = None
 
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> Self:
@@ -78,9 +80,9 @@ class ConnectorConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
                 raise ConfigError(f"{name}={value!r}: expected a number that is not negative")
-        for name in ("path", "salt", "codec", "memory_codec"):
+        for name in ("path", "salt", "codec", "memory_codec", "abstracts"):
             value = getattr(self, name)
-            may_lack = name in ("path", "memory_codec")
+            may_lack = name in ("path", "memory_codec", "abstracts")
             if not isinstance(value, str) and not (may_lack and value is None):
                 raise ConfigError(f"{name}={value!r}: expected text")
         for name in ("memory", "disk", "staging"):
@@ -122,4 +124,5 @@ class ConnectorConfig:
             admission=self.admission,
             staging=self.staging,
             head_range=head_range,
+            abstracts=self.abstracts,
         )

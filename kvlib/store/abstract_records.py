@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvlib.blocks import KVBlock
 from kvlib.codecs.container import (
     Buffer,
     Container,
@@ -41,9 +42,12 @@ from kvlib.store.heads import local_spec
 from kvlib.store.records import groups_to_write
 
 if TYPE_CHECKING:
+    from kvlib.codecs import Codec
+    from kvlib.store.abstract_maker import AbstractMaker
     from kvlib.store.heads import HeadRange
     from kvlib.store.rules import Relief, Rules
     from kvlib.store.stack import TierStack
+    from kvlib.store.terms import Terms
     from kvlib.store.writes import Writer
 
 __all__ = ["AbstractRecords", "Abstracts"]
@@ -89,8 +93,10 @@ class AbstractRecords:
 
     if TYPE_CHECKING:  # what the store has
         head_range: HeadRange
+        _codecs: dict[str, Codec]
         _directory: Directory
         _mac_key: bytes | None
+        _maker: AbstractMaker | None
         _relief: Relief
         _rules: Rules
         _stack: TierStack
@@ -98,6 +104,23 @@ class AbstractRecords:
 
         def _begin(self, spec: KVSpec) -> None: ...
         def _spoilt(self, key: StoreKey) -> None: ...
+
+    @property
+    def gives_back(self) -> bool:
+        """Whether exact blocks come back as they were put, from some tier at least."""
+        return any(codec.lossless for codec in self._codecs.values())
+
+    def _put_made(
+        self, spec: KVSpec, keys: Sequence[BlockKey], block: KVBlock, terms: "Terms"
+    ) -> None:
+        """Store the abstracts of exact blocks that were put, if the store shall make them."""
+        if self._maker is None or not self.gives_back:
+            return
+        identity = self._identity(spec, self._maker.form, EXACT)
+        mine = keys[block.start // BLOCK_TOKENS : block.stop // BLOCK_TOKENS]
+        made = self._maker.make(spec, block) if self._writer.missing(identity, mine) else None
+        if made is not None:
+            self._put_abstracts(spec, keys, made, EXACT, terms)
 
     def put_abstracts(
         self,
@@ -126,6 +149,16 @@ class AbstractRecords:
             ShapeError: not of whole blocks, or not of this model's layers.
         """
         self._begin(spec)
+        return self._put_abstracts(spec, keys, abstracts, fidelity, self._rules.terms(ttl, None))
+
+    def _put_abstracts(
+        self,
+        spec: KVSpec,
+        keys: Sequence[BlockKey],
+        abstracts: Abstracts,
+        fidelity: str,
+        terms: "Terms",
+    ) -> int:
         form = abstracts.form
         first, last = abstracts.start // BLOCK_TOKENS, abstracts.stop // BLOCK_TOKENS
         shapes = [(x.num_kv_heads, x.k_head_dim) for x in self._shapes(spec).layers]
@@ -143,7 +176,6 @@ class AbstractRecords:
                 f"expected uint8 rows of whole blocks over {len(shapes)} layers"
             )
         identity = self._identity(spec, form, fidelity)
-        terms = self._rules.terms(ttl, None)
         stored = 0
         missing = self._writer.missing(identity, keys[first:last])
         for group in reversed(groups_to_write([first + i for i in missing])):

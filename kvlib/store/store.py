@@ -29,6 +29,7 @@ from kvlib.codecs.base import describe_codec
 from kvlib.errors import ConfigError, StoreClosedError
 from kvlib.keys import BLOCK_TOKENS, BlockKey, StoreKey
 from kvlib.spec import EXACT, KVSpec
+from kvlib.store.abstract_maker import AbstractMaker
 from kvlib.store.abstract_records import AbstractRecords
 from kvlib.store.by_record import ByRecord
 from kvlib.store.cost import CostModel
@@ -96,6 +97,8 @@ class KVStore(Lookups, ByRecord, SnapshotRecords, AbstractRecords):
         head_range: KV heads [first, last) that this rank of a tensor-parallel engine holds, counted
             in the layer that has most; None for all. Blocks put and loaded have these heads alone;
             `block_keys` are those of all ranks. Of a prompt, what all ranks have is stored.
+        abstracts: method string, such as ``leoam``, whose abstracts every put writes beside its
+            blocks, where these come back as they are: a `TieredCache` then makes none.
 
     Thread-safe; concurrent loads of a record read it once, concurrent puts write it once. Open it
     again after a fork. Use it as a context manager, or call `close`; else it ends with its last
@@ -135,6 +138,7 @@ class KVStore(Lookups, ByRecord, SnapshotRecords, AbstractRecords):
         watermarks: tuple[float, float] | None = None,
         min_free: int | str = 0,
         head_range: tuple[int, int] | None = None,
+        abstracts: str | None = None,
     ) -> None:
         if remote is not None:
             raise ConfigError(f"remote={remote!r}: this version has no remote tiers; leave it out")
@@ -151,6 +155,9 @@ class KVStore(Lookups, ByRecord, SnapshotRecords, AbstractRecords):
         self.codec_text = describe_codec(self.codec)
         self._codecs = {describe_codec(c): c for c in (self.memory_codec, self.codec)}
         self.head_range = check_head_range(head_range, self._codecs.values())
+        if abstracts is not None and head_range is not None:
+            raise ConfigError("abstracts= is for blocks with all heads: leave out head_range=")
+        self._maker = None if abstracts is None else AbstractMaker(abstracts)
         self.path = None if path is None else Path(path).expanduser()
         policy = replacement_for("device", replacement)
         self._device = (
@@ -375,7 +382,8 @@ class KVStore(Lookups, ByRecord, SnapshotRecords, AbstractRecords):
             What was stored; want of room or a failing medium is counted, never raised.
 
         Raises:
-            ConfigError: a bad `ttl`, or a model that does not have the store's heads.
+            ConfigError: a bad `ttl`, or a model that does not have the store's heads, or is another
+                than that of the profile in `abstracts=`.
             ShapeError: the block is not whole blocks, lacks layers, holds other heads, or goes
                 beyond the keys.
             UnsupportedInputError: the codec cannot represent it.
@@ -448,6 +456,8 @@ class KVStore(Lookups, ByRecord, SnapshotRecords, AbstractRecords):
         identities = self._identities(spec, (fidelity,))
         report = self._writer.put(spec, keys, block, forms_of(identities, self._codecs, terms))
         self._count(stored_blocks=report.stored_blocks)
+        if fidelity == EXACT and not report.dropped_blocks:
+            self._put_made(spec, keys, block, terms)
         self._relief.look()
         return report
 
