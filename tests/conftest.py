@@ -28,8 +28,12 @@ settings.register_profile(
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+HARDWARE = ("gpu", "avx512")
+"""Markers of tests that are skipped where the machine lacks what they are about."""
+
+
 class SkipsFail:
-    """In CI, a skipped test that is not marked `gpu` fails the run."""
+    """In CI, a skipped test fails the run, unless the hardware it is about is not there."""
 
     def __init__(self):
         self.skips = []
@@ -39,7 +43,8 @@ class SkipsFail:
 
     def pytest_runtest_logreport(self, report):
         # Keywords, since tests may run in other processes, whose items are not here.
-        expected = hasattr(report, "wasxfail") or "gpu" in getattr(report, "keywords", {})
+        keywords = getattr(report, "keywords", {})
+        expected = hasattr(report, "wasxfail") or any(name in keywords for name in HARDWARE)
         if report.skipped and not expected:
             where = report.longrepr
             reason = where[2] if isinstance(where, tuple) else str(where)
@@ -52,7 +57,7 @@ class SkipsFail:
     def pytest_terminal_summary(self, terminalreporter):
         if self.skips:
             terminalreporter.section(
-                "CI: skipped without the gpu marker, so the run fails", red=True
+                f"CI: skipped without a marker of {HARDWARE}, so the run fails", red=True
             )
             for line in self.skips:
                 terminalreporter.line(line)
@@ -79,6 +84,13 @@ def pytest_collection_modifyitems(items):
         if not torch.cuda.is_available():
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    marked = [item for item in items if item.get_closest_marker("avx512")]
+    if marked:
+        from kvlib.codecs.rans_vector import SUPPORTED
+
+        if not SUPPORTED:
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason="no AVX-512"))
 
 
 def pytest_collection_finish():

@@ -2,6 +2,7 @@
 """The inner loops of `cachegen` without a compiler; see `kvlib.codecs.cachegen_kernels.Kernels`."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,76 +23,86 @@ from kvlib.codecs.cachegen_kernels import (
 )
 from kvlib.codecs.cachegen_lines import store, tokens_of
 from kvlib.codecs.cachegen_profile import ChannelTables
-from kvlib.codecs.rans import LOWEST, WORD_BITS, Bytes, Coded, Stream, Tables, check_end
-from kvlib.codecs.rans_numpy import Batch
-from kvlib.codecs.rans_tables import MAX_ALPHABET, PRECISION, TOTAL
+from kvlib.codecs.rans import Bytes, Coded, States, Stream, Tables
+from kvlib.codecs.rans_numpy import decode_streams, decode_with
+from kvlib.codecs.rans_tables import TOTAL
 
 __all__ = ["decode", "dequantize", "frequencies", "levels", "lookup", "quantize", "restore"]
 
+_BUCKET_BITS = 4
+_BUCKETS = TOTAL >> _BUCKET_BITS
+"""Parts of a table row that are looked at first, 16 slots each."""
+_SEVERAL = TOTAL - (1 << _BUCKET_BITS) + 1 << 20
+"""An entry of `Tables.by_slot` this large is of a symbol with less than 16 slots."""
+_MOST_BLOCKS = (1 << 32) - _SEVERAL - _BUCKETS
+_ROWS_AT_ONCE = 256
+
 # As arrays, which array operations take faster than Python's numbers.
-_SLOT, _PRECISION, _LOWEST, _WORD_BITS, _WIDER = (
-    np.array(k, np.uint32)
-    for k in (TOTAL - 1, PRECISION, LOWEST, WORD_BITS, (TOTAL // MAX_ALPHABET).bit_length() - 1)
+_BUCKET, _LARGE, _OFFSET = (
+    np.array(k & 0xFFFFFFFF, np.uint32)
+    for k in (_BUCKET_BITS, _SEVERAL, _SEVERAL + _BUCKETS << _BUCKET_BITS)
 )
 
 
-def lookup(tables: Tables) -> Tables:
+class Lookup(NamedTuple):
+    """Where entries of `Tables.by_slot` are found, whose 16 KiB a row no cache would hold.
+
+    Nine lanes of ten need a bucket and no more, of which a row has 1 KiB; the others one block
+    besides, a line of cache. Blocks are 3 or 4 KiB a row in profiles of real models, at most 16.
+
+    Attributes:
+        buckets: uint32 [256 * rows], the entry of the 16 slots of each bucket if they share one,
+            else `_SEVERAL` + 256 + the number of the block - that of the bucket in its row.
+        blocks: uint32 [16 * blocks], the entries of the slots of such buckets.
+    """
+
+    buckets: NDArray[np.uint32]
+    blocks: NDArray[np.uint32]
+
+
+def lookup(tables: Tables) -> Lookup | Tables:
+    """See `Kernels`; the tables themselves if there are more blocks than can be numbered."""
+    buckets = np.empty((len(tables), _BUCKETS), np.uint32)
+    blocks = []
+    number = 0
+    for first in range(0, len(tables), _ROWS_AT_ONCE):
+        rows = slice(first, first + _ROWS_AT_ONCE)
+        some = Tables(tables.frequencies[rows]).by_slot.reshape(-1, _BUCKETS, 1 << _BUCKET_BITS)
+        several = some[:, :, 0] != some[:, :, -1]
+        blocks.append(some[several])
+        last = number + len(blocks[-1])
+        if last > _MOST_BLOCKS:
+            return tables
+        mine = buckets[rows]
+        mine[:] = some[:, :, 0]
+        mine[several] = np.arange(number, last) + (_SEVERAL + _BUCKETS) - several.nonzero()[1]
+        number = last
+    return Lookup(buckets.reshape(-1), np.concatenate(blocks).reshape(-1))
+
+
+def decode(streams: Sequence[Stream], coded: Sequence[Coded], lookup: Lookup | Tables) -> None:
     """See `Kernels`."""
-    return tables
-
-
-def decode(streams: Sequence[Stream], coded: Sequence[Coded], lookup: Tables) -> None:
-    """See `Kernels`: `kvlib.codecs.rans_numpy.decode_streams` with tables of a third the size."""
-    if not streams:
+    if isinstance(lookup, Tables):
+        decode_streams(streams, coded, lookup)
         return
-    batch = Batch(streams)
-    given = [coded[i] for i in batch.indices]
-    symbols = np.empty(batch.size, np.uint8)
-    states = np.concatenate([c.states for c in given]).astype(np.uint32, copy=False)
-    sizes = np.array([c.words.size for c in given])
-    # One more: a stream that asks for more words than it has reads others' until it is refused.
-    words = np.concatenate([*(c.words for c in given), [0]]).astype(np.uint32)
-    begin = sizes.cumsum() - sizes
-    place = begin.copy()
-    ramp = np.arange(states.size)
-    room = np.empty((2, states.size), np.uint32)
-    by_slot, by_symbol = lookup.symbols, lookup.encoder
-    for step in batch.steps(MAX_ALPHABET):
-        x = states[step.lanes]
-        slot, index = room[0, : x.size], room[1, : x.size]
-        np.bitwise_and(x, _SLOT, slot)
-        np.left_shift(step.columns, _WIDER, index)
-        np.bitwise_or(index, slot, index)
-        symbol = by_slot.take(index)
-        symbols[step.symbols] = symbol
-        np.add(step.columns, symbol, index)
-        entry = by_symbol.take(index)
-        # x = frequency * (x >> PRECISION) + slot - cumulative
-        np.right_shift(entry, _PRECISION, index)
-        np.right_shift(x, _PRECISION, x)
-        np.multiply(x, index, x)
-        np.bitwise_and(entry, _SLOT, entry)
-        np.subtract(slot, entry, slot)
-        np.add(x, slot, x)
-        low = (x < _LOWEST).nonzero()[0]
-        edges = low.searchsorted(step.starts)
-        first = edges[:-1]
-        number = edges[1:] - first
-        next_word = place[step.streams]
-        wanted = (next_word - first).repeat(number)
-        wanted += ramp[: low.size]
-        refilled = x.take(low)
-        refilled <<= _WORD_BITS
-        refilled |= words.take(wanted, mode="clip")
-        x[low] = refilled
-        next_word += number
-        if not isinstance(step.lanes, slice):  # else these are views
-            states[step.lanes] = x
-            place[step.streams] = next_word
-    used = (place - begin).tolist()
-    for s, c, x, n in zip(batch.streams, given, batch.states(states), used, strict=True):
-        check_end(s, c, x, n)
-    batch.store(symbols)
+    buckets, blocks = lookup
+    width = sum(s.lanes for s in streams)
+    indices, masks = np.empty(width, np.uint32), np.empty(width, np.bool_)
+
+    def find(slots: States, columns: States, entries: States) -> None:
+        index, mask = indices[: slots.size], masks[: slots.size]
+        np.right_shift(slots, _BUCKET, index)
+        np.bitwise_or(index, columns, index)
+        buckets.take(index, None, entries, "wrap")  # all are there; "raise" would copy them
+        several = np.greater_equal(entries, _LARGE, mask).nonzero()[0]
+        if several.size:
+            at = entries.take(several)
+            at <<= _BUCKET
+            at += slots.take(several)
+            at -= _OFFSET
+            entries[several] = blocks.take(at)
+
+    decode_with(find, streams, coded, _BUCKETS)
 
 
 def _too_large(x: Floats, dtype: torch.dtype) -> bool:
@@ -128,7 +139,7 @@ def quantize(x: Tensor, tables: ChannelTables) -> Codes | None:
 
 def dequantize(codes: Codes, width: np.float32, out: Tensor) -> bool:
     """See `Kernels`."""
-    bins = codes.symbols - np.float32(LARGEST)
+    bins = np.subtract(codes.symbols, LARGEST, dtype=np.uint8).view(np.int8).astype(np.float32)
     escapes = codes.symbols == ESCAPE
     if np.count_nonzero(escapes) != codes.escapes.size:
         return False

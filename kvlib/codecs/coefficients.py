@@ -18,20 +18,17 @@ Channels come in order of importance, and a chunk says how many of them, from th
 anything but zeros (**active**); the others cost nothing but their mean.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from struct import Struct
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvlib.codecs import rans
 from kvlib.codecs.header import Buffer
-from kvlib.codecs.kvlc_kernels import Kernels
-from kvlib.codecs.rans_tables import ESCAPE, class_radius, class_sigmas
-from kvlib.codecs.varint import encode_varints
+from kvlib.codecs.rans_tables import ESCAPE, class_sigmas
 from kvlib.errors import CorruptDataError
 
 __all__ = [
@@ -39,11 +36,9 @@ __all__ = [
     "U32",
     "Chunk",
     "Cursor",
-    "Draft",
-    "draft_chunk",
+    "Expected",
     "levels_of",
     "parse_chunk",
-    "write_chunks",
 ]
 
 _PLAIN = 58  # levels without low bits
@@ -51,9 +46,9 @@ _FIRST = 49  # class of the first level with them
 _PER_BIT = 9  # classes that double the deviation, nearly
 ZERO = 31  # symbol of 0
 LEVEL_CLASS = 43  # differences of levels: a deviation of 2
-_HEAD = Struct("<HBBIIIII")  # active, level of all, of all means, words, side words, escapes, low
-_FROM_PROFILE = 255
-MAX_LEVEL = _FROM_PROFILE - 1  # a deviation of 2^24, the size of the largest values
+HEAD = Struct("<HBBIIIII")  # active, level of all, of all means, words, side words, escapes, low
+FROM_PROFILE = 255
+MAX_LEVEL = FROM_PROFILE - 1  # a deviation of 2^24, the size of the largest values
 U32, _U16 = np.dtype("<u4"), np.dtype("<u2")
 
 Bytes = NDArray[np.uint8]
@@ -61,8 +56,7 @@ Int = NDArray[np.int64]
 Float = NDArray[np.float32]
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Quantized tokens of one matrix.
 
     Attributes:
@@ -108,39 +102,9 @@ def levels_of(deviations: NDArray[np.floating[Any]]) -> Bytes:
     return np.searchsorted(level_tables()[2], deviations).astype(np.uint8)
 
 
-# -- integers as symbols
-
-
-@dataclass(slots=True)
-class _Coded:
-    """Integers as symbols of tables, low bits and escapes."""
-
-    symbols: Bytes
-    rows: Bytes
-    low: bytes
-    escapes: Int
-
-
-_NO_ESCAPES = np.empty(0, np.int64)
-
-
-@cache
-def _radii() -> Bytes:
-    return class_radius().astype(np.uint8)
-
-
-def _symbols(values: NDArray[np.int32], active: int, levels: Bytes, kernel: Kernels) -> _Coded:
-    """The first columns of values [n, r] under levels [active]."""
-    classes, shifts, _ = level_tables()
-    rows, shift = classes[levels], shifts[levels]
-    symbols = kernel.symbols(values, active, shift, _radii()[rows], ZERO, ESCAPE)
-    low = kernel.pack_low(values[:, :active], shift).tobytes() if shift.any() else b""
-    escapes = _NO_ESCAPES
-    at = find_escapes(symbols)
-    if at.size:
-        t, c = np.divmod(at, active)
-        escapes = values[t, c].astype(np.int64) >> shift[c]
-    return _Coded(symbols, rows, low, escapes)
+def mean_level(means: Int) -> int:
+    """The level that all means of a chunk are coded under when nothing is known of them."""
+    return int(levels_of(np.sqrt(np.mean(means**2.0))))
 
 
 def find_escapes(symbols: Bytes) -> NDArray[np.intp]:
@@ -149,90 +113,7 @@ def find_escapes(symbols: Bytes) -> NDArray[np.intp]:
     return found
 
 
-# -- chunks as bytes
-
-
-@dataclass(slots=True)
-class Draft:
-    """A chunk as symbols, before they are coded."""
-
-    active: int
-    base: int
-    mean_base: int
-    side: _Coded
-    main: _Coded
-
-
-def draft_chunk(chunk: Chunk, known: Expected | None, kernel: Kernels) -> Draft:
-    """A chunk as symbols. Without expectations it carries one level for all its channels.
-
-    Values and means must be below 2^30 in size, and at most 65535 channels are active.
-    """
-    used = np.flatnonzero(chunk.square)
-    active = int(used[-1]) + 1 if used.size else 0
-    n = max(len(chunk.values), 1)
-    spread = chunk.square[:active] / n - (chunk.total[:active] / n) ** 2
-    levels = levels_of(np.sqrt(np.maximum(spread, 0)))
-    if known is None:
-        base = _median(levels)
-        mean_base = int(levels_of(np.sqrt(np.mean(chunk.means**2.0))))
-        around: Any = base
-        mean_levels = np.full(chunk.means.size, mean_base, np.uint8)
-    else:
-        base = mean_base = _FROM_PROFILE
-        around = known.levels[:active].astype(np.int64)
-        mean_levels = known.mean_levels
-    beside = np.concatenate([levels.astype(np.int64) - around, chunk.means], dtype=np.int32)
-    beside_levels = np.concatenate([same(LEVEL_CLASS, active), mean_levels])
-    return Draft(
-        active=active,
-        base=base,
-        mean_base=mean_base,
-        side=_symbols(beside[None], beside.size, beside_levels, kernel),
-        main=_symbols(chunk.values, active, levels, kernel),
-    )
-
-
-def write_chunks(drafts: Sequence[Draft]) -> list[bytes]:
-    """Each chunk as bytes; the more at once, the better."""
-    streams = [x for draft in drafts for x in (draft.side, draft.main)]
-    coded = rans.encode([x.symbols for x in streams], [x.rows for x in streams], rans.GAUSSIAN)
-    out = []
-    for i, draft in enumerate(drafts):
-        side_coded, main_coded = coded[2 * i : 2 * i + 2]
-        side, main = draft.side, draft.main
-        number = side.escapes.size + main.escapes.size
-        escapes = b""
-        if number:
-            escapes = encode_varints(np.concatenate([side.escapes, main.escapes]))
-        low = side.low + main.low
-        head = _HEAD.pack(
-            draft.active,
-            draft.base,
-            draft.mean_base,
-            main_coded.words.size,
-            side_coded.words.size,
-            number,
-            len(escapes),
-            len(low),
-        )
-        parts = [
-            head,
-            *(x.astype("<u4").tobytes() for x in (side_coded.states, main_coded.states)),
-            *(x.astype("<u2").tobytes() for x in (side_coded.words, main_coded.words)),
-            low,
-            escapes,
-        ]
-        out.append(b"".join(parts))
-    return out
-
-
-def _median(levels: Bytes) -> int:
-    """The middle level, or the mean of both, rounded down; 0 of none."""
-    if not levels.size:
-        return 0
-    order = np.sort(levels)
-    return (int(order[(levels.size - 1) // 2]) + int(order[levels.size // 2])) // 2
+# -- reading
 
 
 class Cursor:
@@ -248,16 +129,22 @@ class Cursor:
         Raises:
             CorruptDataError: there are fewer.
         """
-        if size > self.view.nbytes - self.at:
+        at = self._skip(size)
+        return self.view[at : at + size]
+
+    def _skip(self, size: int) -> int:
+        """Where the next bytes begin."""
+        at = self.at
+        if size > self.view.nbytes - at:
             raise CorruptDataError(
-                f"{size} bytes claimed of {self.view.nbytes - self.at} left in a section"
+                f"{size} bytes claimed of {self.view.nbytes - at} left in a section"
             )
-        self.at += size
-        return self.view[self.at - size : self.at]
+        self.at = at + size
+        return at
 
     def unpack(self, struct: Struct) -> tuple[Any, ...]:
         """The next fields."""
-        return struct.unpack(self.take(struct.size))
+        return struct.unpack_from(self.view, self._skip(struct.size))
 
     def array(self, dtype: "np.dtype[Any]", count: int) -> NDArray[Any]:
         """The next numbers, a view where the machine is little-endian."""
@@ -270,8 +157,7 @@ class Cursor:
             raise CorruptDataError(f"{self.view.nbytes - self.at} bytes follow the last chunk")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Packed:
+class Packed(NamedTuple):
     """A chunk's bytes, cut out and checked for their size, before anything of it is decoded.
 
     Attributes:
@@ -316,12 +202,12 @@ def parse_chunk(
         CorruptDataError: sizes that cannot be.
     """
     active, base, mean_base, words, side_words, escapes, escape_bytes, low_bytes = cursor.unpack(
-        _HEAD
+        HEAD
     )
     if active > r:
         raise CorruptDataError(f"{active} active channels of {r}")
     profiled = expected is not None
-    if {base == _FROM_PROFILE, mean_base == _FROM_PROFILE} != {profiled}:
+    if {base == FROM_PROFILE, mean_base == FROM_PROFILE} != {profiled}:
         raise CorruptDataError("a chunk's levels do not come from where they should")
     if expected is not None:
         levels, mean_levels = expected.levels[:active], expected.mean_levels
@@ -362,8 +248,7 @@ def same(level: int, count: int) -> Bytes:
     return out
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Decoded:
+class Decoded(NamedTuple):
     """A decoded chunk.
 
     Attributes:

@@ -4,9 +4,6 @@
 A record has two or four chunks a layer, and what Python does for each counts: whatever is decided
 by the bytes of a chunk is decided here, without the GIL. As in `kvlib.codecs.rans_numba` indices
 are unsigned.
-
-The compiled code of `kvlib.codecs.rans_numba` becomes part of the one here. numba looks only at
-this file to tell whether its cache is stale: who changes the other one must touch this one.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from numba import njit, types
-from numpy.typing import NDArray
 
 from kvlib.codecs.coefficients import (
     LEVEL_CLASS,
@@ -28,7 +24,8 @@ from kvlib.codecs.coefficients import (
     level_tables,
 )
 from kvlib.codecs.rans import GAUSSIAN, HIGHEST, LOWEST, States, Words
-from kvlib.codecs.rans_numba import _compiled, _input, _output, decode_lanes
+from kvlib.codecs.rans_numba import LOOKUP, Lookup, _compiled, _input, _output, decode_lanes
+from kvlib.codecs.rans_numba import lookup as symbol_lookup
 from kvlib.codecs.rans_tables import ESCAPE
 from kvlib.codecs.varint import MAX_BYTES
 from kvlib.errors import CorruptDataError
@@ -115,10 +112,31 @@ def _add_low(values: Int, shift: Int, data: Bytes, at: int) -> Any:
 
 
 @njit(nogil=True, error_model="numpy")
-def _scale(symbols: Bytes, step: Any, out: Float, to: Any) -> None:
-    zero = np.float32(ZERO)
-    for i in range(symbols.size):
-        out[to + _u64(i)] = (np.float32(symbols[_u64(i)]) - zero) * step
+def _scale(symbols: Bytes, row: Any, count: int, step: Any, out: Float, to: Any) -> Any:
+    """Values times the step of one token's symbols; whether some of them are escapes."""
+    zero, escape = np.float32(ZERO), np.uint8(ESCAPE)
+    escaped = False
+    for c in range(count):
+        symbol = symbols[row + _u64(c)]
+        out[to + _u64(c)] = (np.float32(symbol) - zero) * step
+        escaped |= symbol == escape
+    return escaped
+
+
+@njit(nogil=True, error_model="numpy")
+def _scale_parts(
+    symbols: Bytes, row: Any, count: int, scaled: Float, out: Float, to: Any, parts: int, far: int
+) -> Any:
+    """The same, every `parts`-th to one matrix, which begin `far` apart."""
+    escape = np.uint8(ESCAPE)
+    escaped = False
+    for h in range(parts):
+        for i in range((count - h + parts - 1) // parts):
+            symbol = symbols[row + _u64(h + i * parts)]
+            out[to + _u64(i)] = scaled[_u64(symbol)]
+            escaped |= symbol == escape
+        to += _u64(far)
+    return escaped
 
 
 @_compiled(
@@ -128,8 +146,7 @@ def _scale(symbols: Bytes, step: Any, out: Float, to: Any) -> None:
     _input(types.uint8),
     _input(types.uint8),
     _input(types.uint8),
-    _input(types.uint8),
-    _input(types.uint32),
+    LOOKUP,
     types.float32,
     _output(types.uint8),
     _output(types.float32),
@@ -142,8 +159,7 @@ def _read(
     mean_levels: Bytes,
     classes: Bytes,
     shifts: Bytes,
-    lookup: Bytes,
-    table: NDArray[np.uint32],
+    lookup: Lookup,
     step: Any,
     symbols: Bytes,
     out: Float,
@@ -172,9 +188,7 @@ def _read(
     if period:
         for lane in range(side_lanes):
             columns[period + lane] = columns[lane % period]
-        used = decode_lanes(
-            beside, columns[: period + side_lanes], period, lookup, table, states, space
-        )
+        used = decode_lanes(beside, columns[: period + side_lanes], period, lookup, states, space)
     if used != side_words or not _ended(states):
         return _END
     rows, shift = np.empty(active, np.uint32), np.empty(active, np.int64)
@@ -220,31 +234,23 @@ def _read(
         for lane in range(lanes):
             columns[active + lane] = columns[lane % active]
         used = decode_lanes(
-            symbols[:count], columns[: active + lanes], active, lookup, table, states, space
+            symbols[:count], columns[: active + lanes], active, lookup, states, space
         )
     if used != words or not _ended(states):
         return _END
     marked = np.empty(n, np.bool_)
-    for t in range(n):
-        row = _u64(t * active)
-        escaped = np.uint8(0)
-        for c in range(active):
-            escaped |= np.uint8(symbols[row + _u64(c)] == ESCAPE)
-        marked[t] = escaped != 0
     scaled = np.empty(256, np.float32)
     for i in range(256):
         scaled[i] = (np.float32(i) - np.float32(ZERO)) * step
-    for h in range(parts):
-        filled = (active - h + parts - 1) // parts
-        for t in range(n):
-            frm, to = _u64(t * active + h), _u64((h * n + t) * size)
-            if parts == 1:
-                _scale(symbols[t * active : t * active + active], step, out, to)
-            else:
-                for i in range(filled):
-                    out[to + _u64(i)] = scaled[_u64(symbols[frm + _u64(i * parts)])]
-            for i in range(filled, size):
-                out[to + _u64(i)] = 0
+    for t in range(n):
+        row, to = _u64(t * active), _u64(t * size)
+        if parts == 1:
+            marked[t] = _scale(symbols, row, active, step, out, to)
+        else:
+            marked[t] = _scale_parts(symbols, row, active, scaled, out, to, parts, n * size)
+        for h in range(parts):
+            for i in range((active - h + parts - 1) // parts, size):
+                out[to + _u64(h * n * size + i)] = 0
     whole = np.empty(n * low_columns, np.int64)
     place = np.empty(active, np.int64)
     some_shift = np.empty(low_columns, np.int64)
@@ -286,7 +292,7 @@ def _read(
 def read_chunks(packed: Sequence[Packed]) -> Iterator[Decoded]:
     """See `Kernels`. What it yields is overwritten by the next."""
     classes, shifts, _ = level_tables()
-    lookup, table = GAUSSIAN.symbols, GAUSSIAN.encoder
+    lookup = symbol_lookup(GAUSSIAN)
     symbols, out = np.empty(0, np.uint8), np.empty(0, np.float32)
     for p in packed:
         count = p.parts * p.n * p.size
@@ -302,7 +308,6 @@ def read_chunks(packed: Sequence[Packed]) -> Iterator[Decoded]:
             classes,
             shifts,
             lookup,
-            table,
             p.step,
             symbols,
             out,

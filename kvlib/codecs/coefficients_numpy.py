@@ -66,7 +66,7 @@ def read_chunks(packed: Sequence[Packed]) -> Iterator[Decoded]:
         if low.size != mean_low + _low_bytes(p.n, shift):
             raise CorruptDataError(f"{low.size} bytes of low bits do not fit the levels")
         if mean_low:
-            _add_low(mean[None], mean_shift, low[:mean_low])
+            _add_low(mean[:, None], mean_shift, low[:mean_low])
         at = find_escapes(symbols)
         if at.size != escapes.size:
             raise CorruptDataError(f"{escapes.size} escapes are there; the symbols need {at.size}")
@@ -113,22 +113,21 @@ def _numbers(packed: Sequence[Packed], parts: Sequence[memoryview]) -> list[Int]
 def _scaled(p: Packed, symbols: Bytes, at: Int, escapes: Int, shift: Bytes, low: Bytes) -> Float:
     """Values times the step, as matrices of every `parts`-th column."""
     out = np.zeros((p.parts, p.n, p.size), np.float32)
+    signed = np.subtract(symbols, ZERO, dtype=np.uint8).view(np.int8)
     for h in range(p.parts):
-        mine = symbols[:, h :: p.parts]
-        y = out[h, :, : mine.shape[1]]
-        np.subtract(mine, np.float32(ZERO), out=y, dtype=np.float32)
-        y *= p.step
+        mine = signed[:, h :: p.parts]
+        out[h, :, : mine.shape[1]] = mine
+    out *= p.step
     columns = shift.nonzero()[0]  # those with low bits, mostly few
-    whole = symbols[:, columns].astype(np.int64, order="C") - ZERO
+    whole = signed.T[columns].astype(np.int64)
     if at.size:
         t, c = np.divmod(at, p.active)
         out[c % p.parts, t, c // p.parts] = escapes.astype(np.float32) * p.step
         chosen = shift[c] > 0
-        whole[t[chosen], np.searchsorted(columns, c[chosen])] = escapes[chosen]
+        whole[np.searchsorted(columns, c[chosen]), t[chosen]] = escapes[chosen]
     if columns.size:
         _add_low(whole, shift[columns], low)
-        scaled = whole.astype(np.float32) * p.step
-        out[columns % p.parts, :, columns // p.parts] = scaled.T
+        out[columns % p.parts, :, columns // p.parts] = whole.astype(np.float32) * p.step
     return out
 
 
@@ -137,15 +136,15 @@ def _low_bytes(n: int, shift: Bytes) -> int:
 
 
 def _add_low(values: Int, shift: Bytes, low: Bytes) -> None:
-    """Put low bits back, whose planes follow each other: values [n, r] hold the high parts."""
+    """Put low bits back, whose planes follow each other: values [r, n] hold the high parts."""
     bits = np.unpackbits(low, bitorder="little")
-    values <<= shift.astype(values.dtype)
+    values <<= shift.astype(values.dtype)[:, None]
     at = 0
     for j in range(int(shift.max())):
-        channels = np.flatnonzero(shift > j)
-        count = len(values) * len(channels)
-        plane = bits[at : at + count].reshape(len(values), len(channels))
-        values[:, channels] |= plane.astype(values.dtype) << j
+        channels = (shift > j).nonzero()[0]
+        count = values.shape[1] * channels.size
+        plane = bits[at : at + count].reshape(-1, channels.size)
+        values[channels] |= plane.T.astype(values.dtype) << j
         at += count
     if bits[at:].any():
         raise CorruptDataError("the padding of low bits is not zero")

@@ -2,11 +2,13 @@
 """`kvlc`: from the bytes of sections to keys and values; see `kvlib.codecs.kvlc_sections`."""
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from kvlib.blocks import LayerKV
 from kvlib.codecs.base import read_raw
@@ -26,7 +28,6 @@ from kvlib.codecs.kvlc_sections import (
     MEAN_STEP,
     MEMBER,
     MOST_SYMBOLS,
-    Piece,
     Settings,
     Shared,
     cuts_of,
@@ -44,15 +45,12 @@ from kvlib.spec import RopeSpec
 
 __all__ = ["decode_layers"]
 
-_NOTHING: Int = np.empty(0, np.int64)
 
-
-@dataclass(frozen=True, slots=True)
-class _Job:
+class _Job(NamedTuple):
     """A piece to be decoded, its bytes already cut up."""
 
-    piece: Piece
-    kind: SectionKind
+    parts: list[Tensor]
+    positions: Int
     transform: Transform | None
     rope: RopeSpec | None
     step: float
@@ -69,7 +67,7 @@ def decode_layers(settings: Settings, container: Container, layers: Sequence[Lay
         CorruptDataError: the sections are malformed.
     """
     by_index = {layer.layer_idx: layer for layer in layers}
-    done: set[tuple[int, SectionKind]] = set()
+    done: set[tuple[int, SectionKind]] = set()  # sections of layers that came with another one's
     jobs: list[_Job] = []
     shared = Shared(settings.sinks)
     waiting = 0
@@ -78,35 +76,23 @@ def decode_layers(settings: Settings, container: Container, layers: Sequence[Lay
             for kind, _ in KINDS:
                 if (layer.layer_idx, kind) in done:
                     continue
-                for job in _jobs(settings, shared, container, layer, kind, by_index, done):
+                out = layer.keys if kind is SectionKind.KEYS else layer.values
+                if read_raw(container, kind, layer.layer_idx, out) or not out.numel():
+                    continue
+                data = container.read(kind, layer.layer_idx)[1]
+                group = [layer]
+                if data == bytes([MEMBER]) or data[:1] == bytes([GROUP]):
+                    group = _group(settings, container, layer, kind, by_index)
+                    done.update((member.layer_idx, kind) for member in group)
+                    data = container.read(kind, group[0].layer_idx)[1]
+                for job in _parse(settings, shared, group, kind, data):
                     jobs.append(job)
-                    waiting += sum(p.n * p.active for p in job.chunks)
+                    for packed in job.chunks:
+                        waiting += packed.n * packed.active
                 if waiting > MOST_SYMBOLS:
                     _finish(jobs, shared)
                     jobs, waiting = [], 0
         _finish(jobs, shared)
-
-
-def _jobs(
-    settings: Settings,
-    shared: Shared,
-    container: Container,
-    layer: LayerKV,
-    kind: SectionKind,
-    by_index: dict[int, LayerKV],
-    done: set[tuple[int, SectionKind]],
-) -> Iterator[_Job]:
-    out = layer.keys if kind is SectionKind.KEYS else layer.values
-    done.add((layer.layer_idx, kind))
-    if read_raw(container, kind, layer.layer_idx, out) or not out.numel():
-        return
-    data = container.read(kind, layer.layer_idx)[1]
-    group = [layer]
-    if data == bytes([MEMBER]) or data[:1] == bytes([GROUP]):
-        group = _group(settings, container, layer, kind, by_index)
-        done.update((member.layer_idx, kind) for member in group)
-        data = container.read(kind, group[0].layer_idx)[1]
-    yield from _parse(settings, shared, group, kind, data)
 
 
 def _group(
@@ -164,59 +150,75 @@ def _parse(
     layers: Sequence[LayerKV],
     kind: SectionKind,
     data: memoryview,
-) -> Iterator[_Job]:
+) -> list[_Job]:
+    """Cut a section up, and check all that can be told before decoding."""
     cursor = Cursor(data)
     form, turned, zero, num_explicit, step = cursor.unpack(HEAD)
     pieces = pieces_of(layers)
     rope = rope_of(settings, layers, kind)
-    widths = [width_of(piece.parts(kind)) for piece in pieces]
+    parts = [piece.parts(kind) for piece in pieces]
+    widths = [width_of(mine) for mine in parts]
     if form != form_of(settings, layers, sum(widths)) or (form == GROUP) != (len(layers) > 1):
         raise CorruptDataError(f"a kvlc section of form {form} does not fit its layers")
     if turned != (rope is not None) or zero or not (math.isfinite(step) and step > 0):
         raise CorruptDataError("the head of a kvlc section is malformed")
-    total = sum(len(piece.positions) for piece in pieces)
-    if num_explicit > total:
-        raise CorruptDataError(f"{num_explicit} exempt entries of {total}")
-    listed = _NOTHING
+    places = [shared.split(piece.positions) for piece in pieces]
     if num_explicit:
-        listed = cursor.array(U32, num_explicit).astype(np.int64)
-        if int(listed[-1]) >= total or bool((np.diff(listed) <= 0).any()):
-            raise CorruptDataError("the list of exempt entries is malformed")
-    places = []
-    first = 0
-    for piece, width in zip(pieces, widths, strict=True):
-        kept, exempt = shared.split(piece.positions)
-        if num_explicit:
-            count = len(piece.positions)
-            mine = listed[slice(*np.searchsorted(listed, (first, first + count)))] - first
-            fixed = np.zeros(count, np.bool_)
-            fixed[exempt] = True
-            if fixed[mine].any():
-                raise CorruptDataError("an exempt entry is listed without need")
-            fixed[mine] = True
-            kept, exempt = np.flatnonzero(~fixed), np.flatnonzero(fixed)
-        first += len(piece.positions)
-        raw = cursor.take(len(exempt) * width * layers[0].keys.element_size())
-        places.append((kept, exempt, raw))
-    for piece, width, (kept, exempt, raw) in zip(pieces, widths, places, strict=True):
+        places = _with_listed(cursor, num_explicit, [len(x.positions) for x in pieces], places)
+    item_bytes = layers[0].keys.element_size()
+    raw = [
+        cursor.take(len(exempt) * width * item_bytes)
+        for width, (_, exempt) in zip(widths, places, strict=True)
+    ]
+    factor = np.float32(step)
+    jobs = []
+    for i, piece in enumerate(pieces):
+        kept, exempt = places[i]
         transform = transform_of(settings, form, piece, kind)
-        rank = width if transform is None else transform.rank
-        expected = expected_of(transform, step)
-        parts = 1 if transform is None else transform.parts
+        rank, num_parts, expected = widths[i], 1, None
+        if transform is not None:
+            rank, num_parts = transform.rank, transform.parts
+            expected = expected_of(transform, step)
         chunks = [
-            parse_chunk(cursor, b - a, rank, expected, np.float32(step), parts)
+            parse_chunk(cursor, b - a, rank, expected, factor, num_parts)
             for a, b in cuts_of(len(kept), settings.chunk)
         ]
-        yield _Job(piece, kind, transform, rope, step, kept, exempt, raw, chunks)
+        jobs.append(
+            _Job(parts[i], piece.positions, transform, rope, step, kept, exempt, raw[i], chunks)
+        )
     cursor.end()
+    return jobs
+
+
+def _with_listed(
+    cursor: Cursor, number: int, lengths: Sequence[int], places: Sequence[tuple[Int, Int]]
+) -> list[tuple[Int, Int]]:
+    """Entries to be coded and exempt ones, of pieces so long, where so many more are listed."""
+    total = sum(lengths)
+    if number > total:
+        raise CorruptDataError(f"{number} exempt entries of {total}")
+    listed = cursor.array(U32, number).astype(np.int64)
+    if int(listed[-1]) >= total or bool((np.diff(listed) <= 0).any()):
+        raise CorruptDataError("the list of exempt entries is malformed")
+    out = []
+    first = 0
+    for count, (_, exempt) in zip(lengths, places, strict=True):
+        mine = listed[slice(*np.searchsorted(listed, (first, first + count)))] - first
+        fixed = np.zeros(count, np.bool_)
+        fixed[exempt] = True
+        if fixed[mine].any():
+            raise CorruptDataError("an exempt entry is listed without need")
+        fixed[mine] = True
+        out.append((np.flatnonzero(~fixed), np.flatnonzero(fixed)))
+        first += count
+    return out
 
 
 def _finish(jobs: Sequence[_Job], shared: Shared) -> None:
     kernel = shared.kernel
     decoded = iter(kernel.read_chunks([chunk for job in jobs for chunk in job.chunks]))
     for job in jobs:
-        parts = job.piece.parts(job.kind)
-        turning = shared.turning(job.rope, job.piece.positions[job.kept])
+        turning = shared.turning(job.rope, job.positions, job.kept)
         first = 0
         for chunk in job.chunks:
             last = first + chunk.n
@@ -225,9 +227,10 @@ def _finish(jobs: Sequence[_Job], shared: Shared) -> None:
                 (cos, sin), rope = turning
                 here = (cos[first:last], sin[first:last]), rope
             rows, bias = _restore(job, next(decoded))
-            kernel.place(parts, job.kept[first:last], rows, bias, here)
+            kernel.place(job.parts, job.kept[first:last], rows, bias, here)
             first = last
-        _put_exempt(job)
+        if len(job.exempt):
+            _put_exempt(job)
 
 
 def _restore(job: _Job, chunk: Decoded) -> tuple[Float, Float]:
@@ -241,15 +244,12 @@ def _restore(job: _Job, chunk: Decoded) -> tuple[Float, Float]:
 
 
 def _put_exempt(job: _Job) -> None:
-    if not len(job.exempt):
-        return
     index = torch.from_numpy(job.exempt)
-    parts = job.piece.parts(job.kind)
-    dtype = parts[0].dtype
-    width = width_of(parts)
+    dtype = job.parts[0].dtype
+    width = width_of(job.parts)
     raw = torch.frombuffer(bytearray(job.exempt_bytes), dtype=dtype).reshape(-1, width)
     first = 0
-    for out in parts:
+    for out in job.parts:
         heads, _, size = out.shape
         mine = raw[:, first : first + heads * size].reshape(-1, heads, size)
         out[:, index] = mine.transpose(0, 1)

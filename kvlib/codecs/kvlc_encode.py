@@ -4,7 +4,8 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,12 +13,7 @@ from torch import Tensor
 
 from kvlib.blocks import LayerKV
 from kvlib.codecs.base import raw_section, raw_view
-from kvlib.codecs.coefficients import (
-    Chunk,
-    Draft,
-    draft_chunk,
-    write_chunks,
-)
+from kvlib.codecs.coefficients import Chunk
 from kvlib.codecs.container import Section, SectionKind
 from kvlib.codecs.kvlc_kernels import Double, Float, Int, Kernels
 from kvlib.codecs.kvlc_sections import (
@@ -42,6 +38,9 @@ from kvlib.codecs.kvlc_sections import (
 from kvlib.codecs.transforms import Statistics
 from kvlib.spec import RopeSpec
 
+if TYPE_CHECKING:
+    from kvlib.codecs.coefficients_write_numpy import Draft
+
 __all__ = ["encode_layers"]
 
 _MOST_CHANNELS = (1 << 16) - 1  # that a chunk can count
@@ -57,7 +56,7 @@ class _Draft:
     layers: Sequence[LayerKV]
     kind: SectionKind
     front: bytes
-    chunks: list[Draft]
+    chunks: "list[Draft | bytes]"
 
 
 def encode_layers(settings: Settings, groups: Sequence[Sequence[LayerKV]]) -> list[Section]:
@@ -81,7 +80,9 @@ def encode_layers(settings: Settings, groups: Sequence[Sequence[LayerKV]]) -> li
                 else:
                     sections.append(_raw(layers[0], kind))
                 continue
-            coded = iter(write_chunks([chunk for draft in drafts for chunk in draft.chunks]))
+            coded = iter(
+                shared.kernel.write_chunks([chunk for draft in drafts for chunk in draft.chunks])
+            )
             for draft in drafts:
                 data = b"".join([draft.front, *(next(coded) for _ in draft.chunks)])
                 made = _sections(draft, data)
@@ -117,7 +118,7 @@ def _draft(
     kernel = shared.kernel
     pieces = pieces_of(layers)
     rope = rope_of(settings, layers, kind)
-    parts = [[x.detach().cpu() for x in piece.parts(kind)] for piece in pieces]
+    parts = [[_on_cpu(x) for x in piece.parts(kind)] for piece in pieces]
     widths = [width_of(x) for x in parts]
     if max(widths) > _MOST_CHANNELS:
         return None
@@ -128,7 +129,8 @@ def _draft(
     first = 0
     for piece, mine in zip(pieces, parts, strict=True):
         kept, listed, rows = _gather(shared, piece, mine, rope)
-        explicit.append(first + listed)
+        if len(listed):
+            explicit.append(first + listed)
         first += len(piece.positions)
         if len(kept) < len(piece.positions):
             exempt = np.ones(len(piece.positions), np.bool_)
@@ -139,7 +141,7 @@ def _draft(
     step = _step(settings, layers[0].layer_idx, kind, form, means, kernel)
     if not (math.isfinite(step) and step > 0):
         return None
-    chunks: list[Draft] = []
+    chunks: list[Draft | bytes] = []
     ready = iter(means)
     for piece, mine_too in cuts:
         transform = transform_of(settings, form, piece, kind)
@@ -152,12 +154,20 @@ def _draft(
             made = _quantize(y, mean, statistics, step, kernel)
             if made is None:
                 return None
-            chunks.append(draft_chunk(made, expected_of(transform, step), kernel))
-    all_listed = np.concatenate(explicit)
-    head = HEAD.pack(form, rope is not None, 0, len(all_listed), step)
-    return _Draft(
-        layers, kind, b"".join([head, all_listed.astype("<u4").tobytes(), *front]), chunks
-    )
+            chunks.append(kernel.draft_chunk(made, expected_of(transform, step)))
+    head = HEAD.pack(form, rope is not None, 0, sum(map(len, explicit)), step)
+    every = [head, *(x.astype("<u4").tobytes() for x in explicit), *front]
+    return _Draft(layers, kind, b"".join(every), chunks)
+
+
+def _on_cpu(x: Tensor) -> Tensor:
+    return x if x.is_cpu and not x.requires_grad else x.detach().cpu()
+
+
+@cache
+def _limit(dtype: torch.dtype) -> float:
+    """Sizes from here on are exempt, as a float32."""
+    return float(np.float32(torch.finfo(dtype).max / _HEADROOM))
 
 
 def _gather(
@@ -165,15 +175,15 @@ def _gather(
 ) -> tuple[Int, Int, Float]:
     """The entries to be coded, those that are exempt and no sinks, and the rows of the first."""
     kernel = shared.kernel
-    limit = float(np.float32(torch.finfo(parts[0].dtype).max / _HEADROOM))
+    limit = _limit(parts[0].dtype)
     kept, _ = shared.split(piece.positions)
-    rows, fit = kernel.gather(parts, kept, shared.turning(rope, piece.positions[kept]), limit)
+    rows, fit = kernel.gather(parts, kept, shared.turning(rope, piece.positions, kept), limit)
     if fit:
         return kept, kept[:0], rows
     plain = [x[:, torch.from_numpy(kept)].transpose(0, 1).flatten(1) for x in parts]
     good = (torch.cat(plain, dim=1).float().abs() < limit).all(dim=1).numpy()  # not so for NaN
     kept, listed = kept[good], kept[~good]
-    rows, _ = kernel.gather(parts, kept, shared.turning(rope, piece.positions[kept]), limit)
+    rows, _ = kernel.gather(parts, kept, shared.turning(rope, piece.positions, kept), limit)
     return kept, listed, rows
 
 
@@ -227,7 +237,8 @@ def _quantize(
     means = np.rint((mean - center) / mean_step)
     taken = (means * mean_step + center).astype(np.float32)
     found = kernel.quantize(rows, taken, np.float32(1 / step), _MOST_STEPS)
-    if found is None or not (np.abs(means) < 4 * _MOST_STEPS).all():
+    # A chunk without channels has no means; the largest of some is NaN if one of them is.
+    if found is None or (means.size and not max(means.max(), -means.min()) < 4 * _MOST_STEPS):
         return None
     values, total, square = found
     return Chunk(values, means.astype(np.int64), total, square)

@@ -20,7 +20,8 @@ from kvlib.codecs.rope import Angles
 from kvlib.spec import RopeSpec
 
 if TYPE_CHECKING:
-    from kvlib.codecs.coefficients import Decoded, Packed
+    from kvlib.codecs.coefficients import Chunk, Decoded, Expected, Packed
+    from kvlib.codecs.coefficients_write_numpy import Draft
 
 __all__ = ["Kernels", "Turning", "kernels"]
 
@@ -71,14 +72,16 @@ class Kernels(Protocol):
         """
         ...
 
-    def symbols(
-        self, values: Values, active: int, shift: Bytes, radius: Bytes, zero: int, escape: int
-    ) -> Bytes:
-        """(value >> shift) + zero of the first columns; `escape` for what exceeds the radius."""
+    def draft_chunk(self, chunk: "Chunk", known: "Expected | None") -> "Draft | bytes":
+        """A chunk as symbols, or as bytes at once if it need not wait for others.
+
+        Without expectations it carries one level for all its channels. Values and means must be
+        below 2^30 in size, and at most 65535 channels are active.
+        """
         ...
 
-    def pack_low(self, values: Values, shift: Bytes) -> Bytes:
-        """Bit j of all values, in order, whose column has more than j low ones; j ascends."""
+    def write_chunks(self, drafts: "Sequence[Draft | bytes]") -> list[bytes]:
+        """Each chunk as bytes."""
         ...
 
     def read_chunks(self, packed: Sequence["Packed"]) -> Iterator["Decoded"]:

@@ -20,22 +20,22 @@ from torch import Tensor
 
 from kvlib.codecs import kvlc_numpy
 from kvlib.codecs.coefficients_numba import read_chunks
-from kvlib.codecs.kvlc_kernels import Bytes, Double, Float, Int, Turning, Values
+from kvlib.codecs.coefficients_write_numba import draft_chunk, write_chunks
+from kvlib.codecs.kvlc_kernels import Double, Float, Int, Turning, Values
 from kvlib.codecs.rans_numba import _compiled, _input, _output
 
 __all__ = [
+    "draft_chunk",
     "gather",
-    "pack_low",
     "place",
     "quantize",
     "read_chunks",
     "squares",
     "sums",
-    "symbols",
+    "write_chunks",
 ]
 
 _u64 = np.uint64
-_ONE = np.uint64(1)
 _HALF, _QUIET = np.uint32(0x7FFF), np.uint32(0x7FC0)
 _UNSIGNED, _INFINITE = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
 _BIT, _SIXTEEN = np.uint32(1), np.uint32(16)
@@ -45,34 +45,107 @@ _FOUR: Any = types.UniTuple(types.int64, 4)  # type: ignore[no-untyped-call]
 _NONE: Float = np.zeros(1, np.float32)
 
 
-@njit(nogil=True, error_model="numpy")
-def _turn(
-    x: Float, y: Float, at: int, cos: Float, sin: Float, row: int, first: int, half: int, pairs: int
+@njit(nogil=True, error_model="numpy", inline="always")
+def _as_float(u: Any, sixteen: bool) -> Any:
+    """The number of these bits, of bfloat16 or of float32."""
+    word = np.uint32(u)
+    return np.uint32(word << _SIXTEEN if sixteen else word).view(np.float32)
+
+
+@njit(nogil=True, error_model="numpy", inline="always")
+def _as_bits(x: Any, sixteen: bool) -> Any:
+    """The bits of a number; as bfloat16 ties go to even, and every NaN is the quiet one."""
+    u = np.float32(x).view(np.uint32)
+    if not sixteen:
+        return u
+    even = np.uint32(u + _HALF + (u >> _SIXTEEN & _BIT)) >> _SIXTEEN
+    return _QUIET if u & _UNSIGNED > _INFINITE else even
+
+
+@njit(nogil=True, error_model="numpy", inline="always")
+def _gather_plain(
+    rows: Float, to: Any, source: NDArray[Any], frm: Any, count: int, most: Any, sixteen: bool
+) -> Any:
+    """Copy channels; whether one is not below `most` in size."""
+    wrong = False
+    for j in range(count):
+        x = _as_float(source[frm + _u64(j)], sixteen)
+        wrong |= not abs(x) < most
+        rows[to + _u64(j)] = x
+    return wrong
+
+
+@njit(nogil=True, error_model="numpy", inline="always")
+def _place_plain(
+    target: NDArray[Any],
+    to: Any,
+    rows: Float,
+    frm: Any,
+    bias: Float,
+    add: Any,
+    count: int,
+    sixteen: bool,
 ) -> None:
-    """Turn the channels x of one head into y[at:], by the angles from `row` on."""
-    to, frm = _u64(at), _u64(first)
-    angle = _u64(row)
-    for j in range(first):
-        y[to + _u64(j)] = x[_u64(j)]
-    for j in range(first + half + half, x.size):
-        y[to + _u64(j)] = x[_u64(j)]
-    to += frm
-    if pairs:
+    """Round rows + bias into the target."""
+    for j in range(count):
+        i = _u64(j)
+        target[to + i] = _as_bits(rows[frm + i] + bias[add + i], sixteen)
+
+
+def _turned(interleaved: bool) -> tuple[Any, Any]:
+    """What copies `half` pairs of channels and turns them, for `gather` and for `place`."""
+
+    def gather(
+        rows: Float,
+        to: Any,
+        source: NDArray[Any],
+        frm: Any,
+        cos: Float,
+        sin: Float,
+        angle: Any,
+        half: int,
+        most: Any,
+        sixteen: bool,
+    ) -> Any:
+        wrong = False
         for j in range(half):
-            k = _u64(j) + _u64(j)
+            i = _u64(2 * j if interleaved else j)
+            k = i + _u64(1 if interleaved else half)
+            a, b = _as_float(source[frm + i], sixteen), _as_float(source[frm + k], sixteen)
             c, s = cos[angle + _u64(j)], sin[angle + _u64(j)]
-            a, b = x[frm + k], x[frm + k + _ONE]
-            y[to + k] = a * c - b * s
-            y[to + k + _ONE] = b * c + a * s
-        return
-    other = frm + _u64(half)
-    for j in range(half):
-        i = _u64(j)
-        y[to + i] = x[frm + i] * cos[angle + i] - x[other + i] * sin[angle + i]
-    to += _u64(half)
-    for j in range(half):
-        i = _u64(j)
-        y[to + i] = x[other + i] * cos[angle + i] + x[frm + i] * sin[angle + i]
+            wrong |= not abs(a) < most
+            wrong |= not abs(b) < most
+            rows[to + i] = a * c + b * s
+            rows[to + k] = b * c - a * s
+        return wrong
+
+    def place(
+        target: NDArray[Any],
+        to: Any,
+        rows: Float,
+        frm: Any,
+        bias: Float,
+        add: Any,
+        cos: Float,
+        sin: Float,
+        angle: Any,
+        half: int,
+        sixteen: bool,
+    ) -> None:
+        for j in range(half):
+            i = _u64(2 * j if interleaved else j)
+            k = i + _u64(1 if interleaved else half)
+            a, b = rows[frm + i] + bias[add + i], rows[frm + k] + bias[add + k]
+            c, s = cos[angle + _u64(j)], sin[angle + _u64(j)]
+            target[to + i] = _as_bits(a * c - b * s, sixteen)
+            target[to + k] = _as_bits(b * c + a * s, sixteen)
+
+    compiled = njit(nogil=True, error_model="numpy", inline="always")
+    return compiled(gather), compiled(place)
+
+
+_gather_halves, _place_halves = _turned(interleaved=False)
+_gather_pairs, _place_pairs = _turned(interleaved=True)
 
 
 def _gather_kernel(bits: int) -> Any:
@@ -89,28 +162,35 @@ def _gather_kernel(bits: int) -> Any:
         cos: Float,
         sin: Float,
         how: tuple[int, int, int],
-        limit: Any,
+        most: Any,
     ) -> int:
         heads, size, head_stride, stride = shape
-        kind, channel, half = how
-        number = np.empty(size, np.float32)
-        pattern = number.view(np.uint32)
-        wrong = np.uint32(0)
-        for t in range(index.size):
-            for h in range(heads):
-                place = _u64(index[t] * stride + h * head_stride)
-                to = t * width + first + h * size
-                for j in range(size):
-                    u = np.uint32(source[place + _u64(j)])
-                    if sixteen:
-                        u = u << _SIXTEEN
-                    wrong |= np.uint32(u & _UNSIGNED >= limit)  # sizes are ordered like their bits
-                    pattern[_u64(j)] = u
-                if kind:
-                    _turn(number, rows, to, cos, sin, t * half, channel, half, kind == _PAIRS)
+        kind, before, half = how
+        if kind == _PLAIN:
+            before = size
+        after = size - before - 2 * half
+        wrong = False
+        for h in range(heads):
+            for t in range(index.size):
+                angle = _u64(t * half)
+                frm = _u64(index[t] * stride + h * head_stride)
+                to = _u64(t * width + first + h * size)
+                if before:
+                    wrong |= _gather_plain(rows, to, source, frm, before, most, sixteen)
+                if kind == _PLAIN:
+                    continue
+                frm, to = frm + _u64(before), to + _u64(before)
+                if kind == _HALVES:
+                    wrong |= _gather_halves(
+                        rows, to, source, frm, cos, sin, angle, half, most, sixteen
+                    )
                 else:
-                    for j in range(size):
-                        rows[_u64(to) + _u64(j)] = number[_u64(j)]
+                    wrong |= _gather_pairs(
+                        rows, to, source, frm, cos, sin, angle, half, most, sixteen
+                    )
+                if after:
+                    frm, to = frm + _u64(2 * half), to + _u64(2 * half)
+                    wrong |= _gather_plain(rows, to, source, frm, after, most, sixteen)
         return int(wrong)
 
     item = types.uint16 if sixteen else types.uint32
@@ -125,7 +205,7 @@ def _gather_kernel(bits: int) -> Any:
         _input(types.float32),
         _input(types.float32),
         _THREE,
-        types.uint32,
+        types.float32,
     )(kernel)
 
 
@@ -146,24 +226,28 @@ def _place_kernel(bits: int) -> Any:
         how: tuple[int, int, int],
     ) -> int:
         heads, size, head_stride, stride = shape
-        kind, channel, half = how
-        number, turned = np.empty(size, np.float32), np.empty(size, np.float32)
-        pattern = (turned if kind else number).view(np.uint32)
-        for t in range(index.size):
-            for h in range(heads):
+        kind, before, half = how
+        if kind == _PLAIN:
+            before = size
+        after = size - before - 2 * half
+        for h in range(heads):
+            for t in range(index.size):
+                angle = _u64(t * half)
                 add = _u64(first + h * size)
                 frm = _u64(t * width) + add
-                place = _u64(index[t] * stride + h * head_stride)
-                for j in range(size):
-                    number[_u64(j)] = rows[frm + _u64(j)] + bias[add + _u64(j)]
-                if kind:
-                    _turn(number, turned, 0, cos, sin, t * half, channel, half, kind == _PAIRS)
-                for j in range(size):
-                    u = pattern[_u64(j)]
-                    if sixteen:
-                        even = np.uint32(u + _HALF + (u >> _SIXTEEN & _BIT)) >> _SIXTEEN
-                        u = _QUIET if u & _UNSIGNED > _INFINITE else even
-                    target[place + _u64(j)] = u
+                to = _u64(index[t] * stride + h * head_stride)
+                if before:
+                    _place_plain(target, to, rows, frm, bias, add, before, sixteen)
+                if kind == _PLAIN:
+                    continue
+                add, frm, to = add + _u64(before), frm + _u64(before), to + _u64(before)
+                if kind == _HALVES:
+                    _place_halves(target, to, rows, frm, bias, add, cos, sin, angle, half, sixteen)
+                else:
+                    _place_pairs(target, to, rows, frm, bias, add, cos, sin, angle, half, sixteen)
+                if after:
+                    at = _u64(2 * half)
+                    _place_plain(target, to + at, rows, frm + at, bias, add + at, after, sixteen)
         return 0
 
     item = types.uint16 if sixteen else types.uint32
@@ -191,8 +275,11 @@ def _flat(x: Tensor) -> tuple[NDArray[Any], tuple[int, int, int, int]]:
     """The memory from the first number of [heads, T, D] to the last, and how it is laid out."""
     heads, entries, size = x.shape
     head_stride, stride, _ = x.stride()
-    span = (heads - 1) * head_stride + (entries - 1) * stride + size
-    flat = x.detach().as_strided((span,), (1,)).view(_BITS[x.dtype]).numpy()
+    if x.requires_grad:
+        x = x.detach()
+    if not x.is_contiguous():
+        x = x.as_strided(((heads - 1) * head_stride + (entries - 1) * stride + size,), (1,))
+    flat = x.view(_BITS[x.dtype]).numpy().reshape(-1)
     return flat, (heads, size, head_stride, stride)
 
 
@@ -213,9 +300,6 @@ def gather(
     if not rows.size:
         return rows, True
     cos, sin, how = _how(turning)
-    if turning is not None:
-        sin = -sin
-    bits = np.float32(limit).view(np.uint32)
     first, wrong = 0, 0
     for x in parts:
         if x.dtype not in _gathers:
@@ -224,7 +308,7 @@ def gather(
             x = x.contiguous()
         source, shape = _flat(x)
         wrong |= _gathers[x.dtype](
-            rows.reshape(-1), first, width, source, index, shape, cos, sin, how, bits
+            rows.reshape(-1), first, width, source, index, shape, cos, sin, how, limit
         )
         first += x.shape[0] * x.shape[2]
     return rows, not wrong
@@ -315,64 +399,3 @@ def quantize(
     if _quantize(rows.reshape(-1), mean, scale, most, values.reshape(-1), total, square):
         return None
     return values, total, square
-
-
-@_compiled(
-    _input(types.int32),
-    types.int64,
-    _input(types.int32),
-    _input(types.int32),
-    types.int32,
-    types.uint8,
-    _output(types.uint8),
-)
-def _symbols(
-    values: Values, width: int, shift: Values, radius: Values, zero: Any, escape: Any, out: Bytes
-) -> int:
-    active = shift.size
-    for t in range(out.size // active):
-        frm, to = _u64(t * width), _u64(t * active)
-        for c in range(active):
-            i = _u64(c)
-            high = np.int32(values[frm + i] >> shift[i])
-            out[to + i] = escape if abs(high) > radius[i] else np.uint8(high + zero)
-    return 0
-
-
-def symbols(
-    values: Values, active: int, shift: Bytes, radius: Bytes, zero: int, escape: int
-) -> Bytes:
-    """See `Kernels`."""
-    n, width = values.shape
-    out = np.empty((n, active), np.uint8)
-    if out.size:
-        limits = shift.astype(np.int32), radius.astype(np.int32)
-        _symbols(values.reshape(-1), width, *limits, zero, escape, out.reshape(-1))
-    return out
-
-
-@_compiled(
-    types.Array(types.int32, 2, "A", readonly=True), _input(types.uint8), _output(types.uint8)
-)
-def _pack_low(values: Values, shift: Bytes, out: Bytes) -> int:
-    at, used, byte = 0, 0, np.int64(0)
-    for j in range(shift.max()):
-        channels = np.flatnonzero(shift > j)
-        for t in range(values.shape[0]):
-            for c in channels:
-                byte |= (values[t, c] >> j & 1) << used
-                used += 1
-                if used == 8:
-                    out[at] = byte
-                    at += 1
-                    byte, used = np.int64(0), 0
-    if used:
-        out[at] = byte
-    return 0
-
-
-def pack_low(values: Values, shift: Bytes) -> Bytes:
-    """See `Kernels`."""
-    out = np.zeros(-(-len(values) * int(shift.sum(dtype=np.int64)) // 8), np.uint8)
-    _pack_low(values, shift, out)
-    return out

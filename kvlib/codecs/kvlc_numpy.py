@@ -13,18 +13,19 @@ import torch
 from torch import Tensor
 
 from kvlib.codecs.coefficients_numpy import read_chunks
-from kvlib.codecs.kvlc_kernels import Bytes, Double, Float, Int, Turning, Values
+from kvlib.codecs.coefficients_write_numpy import draft_chunk, write_chunks
+from kvlib.codecs.kvlc_kernels import Double, Float, Int, Turning, Values
 from kvlib.codecs.rope import turn
 
 __all__ = [
+    "draft_chunk",
     "gather",
-    "pack_low",
     "place",
     "quantize",
     "read_chunks",
     "squares",
     "sums",
-    "symbols",
+    "write_chunks",
 ]
 
 
@@ -42,6 +43,11 @@ def _columns(parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, int, int]]:
         first = last
 
 
+def _selected(x: Tensor, index: Int) -> Tensor:
+    run = _run(index)
+    return x[:, run] if run is not None else x[:, torch.from_numpy(index)]
+
+
 def gather(
     parts: Sequence[Tensor], index: Int, turning: Turning | None, limit: float
 ) -> tuple[Float, bool]:
@@ -50,23 +56,47 @@ def gather(
     out = np.empty((index.size, width), np.float32)
     if not out.size:
         return out, True
-    run = _run(index)
-    rows = torch.from_numpy(out)
     for x, first, last in _columns(parts):
         heads, _, size = x.shape
-        mine = x[:, run] if run is not None else x[:, torch.from_numpy(index)]
-        rows[:, first:last].view(-1, heads, size).copy_(mine.transpose(0, 1))
-    fit = bool(out.max() < limit) and bool(out.min() > -limit)  # not so if there is a NaN
-    if fit:
-        _turn(parts, out, turning, back=True)
-    return out, fit
+        target = out[:, first:last].reshape(-1, heads, size).transpose(1, 0, 2)
+        mine = _selected(x, index)
+        if turning is None:
+            torch.from_numpy(target).copy_(mine)
+            continue
+        source = mine.to(torch.float32).numpy()
+        if not _within(source, limit):
+            return out, False
+        _turn(source, turning, target, back=True)
+    return out, turning is not None or _within(out, limit)
 
 
-def _turn(parts: Sequence[Tensor], rows: Float, turning: Turning | None, *, back: bool) -> None:
-    if turning is not None:
-        at, rope = turning
-        for x, first, last in _columns(parts):
-            turn(rows[:, first:last].reshape(len(rows), -1, x.shape[2]), at, rope, back=back)
+def _within(x: Float, limit: float) -> bool:
+    return bool(x.max() < limit) and bool(x.min() > -limit)  # not so if there is a NaN
+
+
+def _turn(x: Float, turning: Turning, out: Float, *, back: bool) -> None:
+    """Rotate x into out, [heads, n, D] of any strides: `turn` with long inner loops."""
+    at, rope = turning
+    if rope.rotary_dim != x.shape[2]:
+        out[:] = x
+        turn(out.transpose(1, 0, 2), at, rope, back=back)
+        return
+    (cos, sin), half = at, rope.rotary_dim // 2
+    signed = (sin, -sin) if back else (-sin, sin)
+    partner, turned = np.empty((2, *x.shape), np.float32)
+    if rope.interleaved:
+        _split(partner, half, 2)[:] = _split(x, half, 2)[..., ::-1]
+        cosines, sines = cos.repeat(2, axis=1), np.stack(signed, axis=2).reshape(len(sin), -1)
+    else:
+        _split(partner, 2, half)[:] = _split(x, 2, half)[..., ::-1, :]
+        cosines, sines = np.concatenate([cos, cos], axis=1), np.concatenate(signed, axis=1)
+    partner *= sines
+    np.multiply(x, cosines, out=turned)
+    np.add(turned, partner, out=out)
+
+
+def _split(x: Float, *sizes: int) -> Float:
+    return x.reshape(*x.shape[:-1], *sizes)
 
 
 def place(
@@ -74,16 +104,17 @@ def place(
 ) -> None:
     """See `Kernels`."""
     rows += bias
-    _turn(parts, rows, turning, back=False)
     run = _run(index)
-    every = torch.from_numpy(rows)
     for x, first, last in _columns(parts):
         heads, _, size = x.shape
-        mine = every[:, first:last].view(-1, heads, size).transpose(0, 1)
+        mine = rows[:, first:last].reshape(-1, heads, size).transpose(1, 0, 2)
+        if turning is not None:
+            plain, mine = mine, np.empty(mine.shape, np.float32)
+            _turn(plain, turning, mine, back=False)
         if run is not None:
-            x[:, run].copy_(mine)
+            x[:, run].copy_(torch.from_numpy(mine))
         else:
-            x[:, torch.from_numpy(index)] = mine.to(x.dtype)
+            x[:, torch.from_numpy(index)] = torch.from_numpy(mine).to(x.dtype)
 
 
 def sums(rows: Float) -> Double:
@@ -125,26 +156,3 @@ def quantize(
     total = exact.sum(axis=0).astype(np.int64)
     square = np.einsum("nr,nr->r", exact, exact).astype(np.int64)
     return x.astype(np.int32), total, square
-
-
-def symbols(
-    values: Values, active: int, shift: Bytes, radius: Bytes, zero: int, escape: int
-) -> Bytes:
-    """See `Kernels`."""
-    high = values[:, :active]
-    if shift.any():
-        high = high >> shift.astype(values.dtype)
-    largest = radius.astype(values.dtype)
-    out: Bytes = (high + np.asarray(zero, values.dtype)).astype(np.uint8)
-    beyond = high > largest
-    beyond |= high < -largest
-    out[beyond] = escape
-    return out
-
-
-def pack_low(values: Values, shift: Bytes) -> Bytes:
-    """See `Kernels`."""
-    planes = [
-        (values[:, shift > j] >> j & 1).astype(np.uint8).ravel() for j in range(int(shift.max()))
-    ]
-    return np.packbits(np.concatenate(planes), bitorder="little")

@@ -112,12 +112,13 @@ def _tokens(layer: LayerKV) -> Int | None:
     return positions[0] if bool((positions == positions[:1]).all()) else None
 
 
+def _pruned(layers: Sequence[LayerKV]) -> bool:
+    return any([x.channels is not None for x in layers])  # noqa: C419 (mostly there is but one)
+
+
 def same_tokens(spec: KVSpec, layers: Sequence[LayerKV]) -> bool:
     """Whether these layers of one shape hold the same tokens in all heads, with all channels."""
-    if (
-        any(x.channels is not None for x in layers)
-        or len({spec.layers[x.layer_idx] for x in layers}) > 1
-    ):
+    if _pruned(layers) or len({spec.layers[x.layer_idx] for x in layers}) > 1:
         return False
     every = [_tokens(layer) for layer in layers]
     first = every[0]
@@ -138,7 +139,7 @@ def pieces_of(layers: Sequence[LayerKV]) -> list[Piece]:
 
 def form_of(settings: Settings, layers: Sequence[LayerKV], width: int) -> int:
     """The transform that fits these layers; `width` is that of all channels of a row."""
-    if settings.profile is None or width == 0 or any(x.channels is not None for x in layers):
+    if settings.profile is None or width == 0 or _pruned(layers):
         return IDENTITY
     form = _FORMS[settings.preset]
     if form == GROUP and len(layers) == 1:
@@ -164,7 +165,7 @@ def transform_of(
 
 def rope_of(settings: Settings, layers: Sequence[LayerKV], kind: SectionKind) -> RopeSpec | None:
     """The rotation to take off; layers that are coded together rotate alike or not at all."""
-    if kind is not SectionKind.KEYS or any(x.channels is not None for x in layers):
+    if kind is not SectionKind.KEYS or _pruned(layers):
         return None
     return removable_rope(settings.spec, layers[0].layer_idx)
 
@@ -192,27 +193,42 @@ class Shared:
         self.kernel = kernels()
         self._sinks = sinks
         self._split: dict[bytes, tuple[Int, Int]] = {}
-        self._angles: dict[tuple[RopeSpec, bytes], Angles] = {}
+        self._angles: dict[tuple[RopeSpec, bytes, bytes], Angles] = {}
+        # Of the last call: dense layers have their positions from `_range`, one array for all.
+        self._last_split: tuple[Int, tuple[Int, Int]] | None = None
+        self._last_turning: tuple[Int, Int, Turning] | None = None
 
     def split(self, positions: Int) -> tuple[Int, Int]:
         """Indices of the entries to be coded, and of those that are exempt for their position."""
+        if self._last_split is not None and self._last_split[0] is positions:
+            return self._last_split[1]
         key = positions.tobytes()
         found = self._split.get(key)
         if found is None:
             fixed = positions < self._sinks
             found = np.flatnonzero(~fixed), np.flatnonzero(fixed)
             _keep(self._split, key, found)
+        self._last_split = positions, found
         return found
 
-    def turning(self, rope: RopeSpec | None, positions: Int) -> Turning | None:
-        """The angles of these positions."""
+    def turning(self, rope: RopeSpec | None, positions: Int, index: Int) -> Turning | None:
+        """The angles of the entries `index`, of which these are the positions of all."""
         if rope is None:
             return None
-        key = rope, positions.tobytes()
+        last = self._last_turning
+        if (
+            last is not None
+            and last[0] is positions
+            and last[1] is index
+            and (last[2][1] is rope or last[2][1] == rope)
+        ):
+            return last[2]
+        key = rope, positions.tobytes(), index.tobytes()
         found = self._angles.get(key)
         if found is None:
-            found = angles(rope, positions)
+            found = angles(rope, positions[index])
             _keep(self._angles, key, found)
+        self._last_turning = positions, index, (found, rope)
         return found, rope
 
 

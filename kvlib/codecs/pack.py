@@ -3,6 +3,7 @@
 
 import importlib.metadata
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -148,6 +149,8 @@ def check_heads(
 ) -> None:
     """All heads when there is no range; never more than the range holds."""
     want = spec.layers[layer_idx].num_kv_heads
+    if head_range is None and num_kv_heads == want:
+        return
     most = max(layer.num_kv_heads for layer in spec.layers)
     first, last = (0, most) if head_range is None else head_range
     if not 0 <= first < last <= most or num_kv_heads > min(want, last - first):
@@ -163,6 +166,7 @@ def check_heads(
         )
 
 
+@cache
 def writer_text() -> str:
     """What a container says of who wrote it."""
     try:

@@ -2,11 +2,17 @@
 """The entropy coder in NumPy: the reference, and what there is without a compiler.
 
 One step codes a symbol of every lane of every stream that still has as many as it has lanes, so its
-dozen array operations are shared by as many streams as the caller has, whatever their sizes are.
-The last, shorter step of the streams is a step of its own.
+two dozen array operations are shared by as many streams as the caller has, whatever their sizes
+are. The last, shorter step of the streams is a step of its own.
+
+An operation on the few thousand lanes of a record costs about as much for being called as for what
+it does. So nothing is allocated in a step that has a place already, and what steps have in common
+is made once for a block of them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from math import gcd
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,43 +24,56 @@ from kvlib.codecs.rans import (
     WORD_BITS,
     Bytes,
     Coded,
+    States,
     Stream,
     check_end,
     uncodable,
 )
 from kvlib.codecs.rans_tables import MAX_ALPHABET, PRECISION, TOTAL, Tables
 
-__all__ = ["Batch", "Step", "decode_streams", "encode_streams"]
+__all__ = ["Batch", "Block", "decode_streams", "decode_with", "encode_streams"]
 
 Index = NDArray[np.intp]
+Find = Callable[[States, States, States], object]
+"""Called with slots, where the table rows of their lanes begin, and room for the entries of
+`Tables.by_slot` that belong to them; all uint32 [lanes]. Slots may be overwritten."""
 
-_BLOCK_STEPS, _BLOCK_SIZE = 64, 1 << 17
-"""Steps whose table rows are laid out at once, and the most rows: they stay in a core's cache."""
+_BLOCK_STEPS, _BLOCK_SIZE = 128, 1 << 18
+"""Steps whose table rows are laid out at once, and the most rows: 1 MiB of a core's cache."""
+_PART_SIZE = 1 << 15
+"""Symbols whose entries an encoder finds at once."""
 
 
-# As arrays, which array operations take faster than Python's numbers.
-_SLOT, _TOTAL, _PRECISION, _FULL_BITS, _LOWEST, _WORD_BITS, _FREQUENCY, _BYTE = (
-    np.array(k, np.uint32)
-    for k in (TOTAL - 1, TOTAL, PRECISION, FULL_BITS, LOWEST, WORD_BITS, 20, 8)
+# As arrays, which array operations take faster than Python's numbers. 20: see `Tables.by_symbol`.
+_SLOT, _TOTAL, _PRECISION, _FULL_BITS, _LOWEST, _WORD_BITS, _COMPLEMENT = (
+    np.array(k, np.uint32) for k in (TOTAL - 1, TOTAL, PRECISION, FULL_BITS, LOWEST, WORD_BITS, 20)
 )
 
 
-class Step(NamedTuple):
-    """What is coded at once: one symbol of each of some lanes.
+class Block(NamedTuple):
+    """Steps that the same lanes take one after another; each codes one symbol of every lane.
 
     Attributes:
-        symbols: where they lie in the batch's buffer.
+        first: where the symbols of the first step begin in the batch's buffer.
+        stride: from one step's symbols to those of the next.
         lanes: the lanes, stream after stream, as a slice or index of the flat states.
-        columns: where the table row of each begins.
+        columns: uint32 [steps, lanes], where the table row of each begins.
         starts: where the lanes of each stream begin among these, and their number at the end.
         streams: the streams, as a slice or index.
     """
 
-    symbols: slice
+    first: int
+    stride: int
     lanes: slice | Index
     columns: NDArray[np.uint32]
     starts: Index
     streams: slice | Index
+
+    def of(self, buffer: Any) -> Any:
+        """The symbols [steps, lanes] of a batch's buffer, an array or a tensor: a view."""
+        steps, width = self.columns.shape
+        mine = buffer[self.first : self.first + steps * self.stride]
+        return mine.reshape(steps, self.stride)[:, :width]
 
 
 class Batch:
@@ -79,7 +98,11 @@ class Batch:
         self._lanes = np.array([s.lanes for s in self.streams], np.intp)
         self._steps = self.counts // self._lanes
         self.edges = np.concatenate([[0], self._lanes.cumsum()])
-        self._block = max(1, min(_BLOCK_STEPS, _BLOCK_SIZE // max(int(self.edges[-1]), 1)))
+        most = min(int(self._steps.max()), _BLOCK_STEPS)
+        block = max(1, min(most, _BLOCK_SIZE // int(self.edges[-1])))
+        # After so many steps the longest stream, and those like it, have the same table rows again.
+        cycle = self.streams[0].period // gcd(self.streams[0].period, self.streams[0].lanes)
+        self._block = block - block % cycle or block
         # In the buffer all have whole blocks of steps: fewer parts, and at most _BLOCK_SIZE more.
         self._room = -(-self._steps // self._block) * self._block
         rest = self.counts - self._steps * self._lanes
@@ -129,64 +152,78 @@ class Batch:
         for symbols, part in self._places(buffer):
             symbols[:] = part
 
-    def steps(self, row: int, *, backwards: bool = False) -> Iterator[Step]:
-        """The steps in the order of decoding, or of encoding.
+    def blocks(self, row: int, *, backwards: bool = False) -> Iterator[Block]:
+        """The steps in the order of decoding; or of encoding, but for those within a block.
 
         Args:
             row: entries of a table row.
             backwards: in the order of encoding.
 
         Yields:
-            A step; the next one may take its arrays.
+            A block; the next one may take its arrays.
         """
         if backwards:
             yield from self._short_step(row)
         edges = self.edges.tolist()
-        block = self._block
-        tiled = self._tiled(row, block)
-        columns = np.empty((block, edges[-1]), np.uint32)
-        known = active = -1
         last = int(self._steps.max())
-        number = len(edges) - 1 - self._steps[::-1].searchsorted(np.arange(last), side="right")
-        runs = list(self._runs())
-        for first, end, most, place in reversed(runs) if backwards else runs:
-            for t in range(first, min(end, last))[:: -1 if backwards else 1]:
-                if t // block != known:
-                    known = t // block
-                    self._fill(columns, tiled, known * block)
-                if number[t] != active:
-                    active = int(number[t])
-                    width = edges[active]
-                    lanes, streams = slice(0, width), slice(0, active)
-                    starts = self.edges[: active + 1]
-                at = place + (t - first) * edges[most]
-                rows = columns[t % block, :width]
-                yield Step(slice(at, at + width), lanes, rows, starts, streams)
+        ends = np.unique(self._steps).tolist()
+        blocks = [
+            (t, place + (t - first) * edges[most], edges[most])
+            for first, end, most, place in self._runs()
+            for t in range(first, end, self._block)
+        ]
+        tiled = self._tiled(row)
+        columns = np.empty((self._block, edges[-1]), np.uint32)
+        begun: list[int] = [-1] * len(tiled)
+        for first, place, stride in reversed(blocks) if backwards else blocks:
+            self._fill(columns, tiled, first, begun)
+            stop = min(first + self._block, last)
+            cuts = list(pairwise([first, *(t for t in ends if first < t < stop), stop]))
+            for t, end in reversed(cuts) if backwards else cuts:
+                active = int((self._steps > t).sum())
+                width = edges[active]
+                yield Block(
+                    first=place + (t - first) * stride,
+                    stride=stride,
+                    lanes=slice(0, width),
+                    columns=columns[t - first : end - first, :width],
+                    starts=self.edges[: active + 1],
+                    streams=slice(0, active),
+                )
         if not backwards:
             yield from self._short_step(row)
 
-    def _tiled(self, row: int, block: int) -> list[NDArray[np.uint32]]:
-        """The table rows of each stream, enough to cut out any block of its steps."""
+    def _tiled(self, row: int) -> list[NDArray[np.uint32]]:
+        """Where the table rows of each stream begin, enough to cut out any block of its steps."""
         out = []
-        for stream, steps in zip(self.streams, self._steps.tolist(), strict=True):
+        for stream in self.streams:
             rows = stream.columns[: stream.period] * np.uint32(row)
-            out.append(np.resize(rows, stream.period + min(block, steps) * stream.lanes))
+            out.append(np.concatenate([rows] * (2 + self._block * stream.lanes // stream.period)))
         return out
 
     def _fill(
-        self, columns: NDArray[np.uint32], tiled: Sequence[NDArray[np.uint32]], first: int
+        self,
+        columns: NDArray[np.uint32],
+        tiled: Sequence[NDArray[np.uint32]],
+        first: int,
+        begun: list[int],
     ) -> None:
-        """Put the table rows of a block of steps into columns [block, lanes]."""
+        """Put the rows of a block of steps into columns [block, lanes].
+
+        `begun` says with which of its columns each stream's part of the last block began.
+        """
         active = int((self._steps > first).sum())
         at = 0
-        for stream, rows in zip(self.streams[:active], tiled, strict=False):
+        for s, stream in enumerate(self.streams[:active]):
             n = stream.lanes
-            steps = min(len(columns), stream.symbols.size // n - first)
             begin = first * n % stream.period
-            columns[:steps, at : at + n] = rows[begin : begin + steps * n].reshape(-1, n)
+            if begun[s] != begin:
+                begun[s] = begin
+                mine = tiled[s][begin : begin + len(columns) * n]
+                columns[:, at : at + n] = mine.reshape(-1, n)
             at += n
 
-    def _short_step(self, row: int) -> Iterator[Step]:
+    def _short_step(self, row: int) -> Iterator[Block]:
         """The last step of the streams whose size is no multiple of the lanes."""
         rest = self.counts - self._steps * self._lanes
         streams = np.flatnonzero(rest)
@@ -198,10 +235,12 @@ class Batch:
             begin = (stream.symbols.size - n) % stream.period
             columns.append(stream.columns[begin : begin + n])
             lanes.append(np.arange(self.edges[s], self.edges[s] + n))
-        yield Step(
-            symbols=slice(self.size - int(rest.sum()), self.size),
+        width = int(rest.sum())
+        yield Block(
+            first=self.size - width,
+            stride=width,
             lanes=np.concatenate(lanes),
-            columns=np.concatenate(columns) * np.uint32(row),
+            columns=(np.concatenate(columns) * np.uint32(row))[None],
             starts=np.concatenate([[0], rest[streams].cumsum()]),
             streams=streams,
         )
@@ -211,60 +250,96 @@ def encode_streams(streams: Sequence[Stream], tables: Tables) -> list[Coded]:
     """See `kvlib.codecs.rans.Coder`."""
     if not streams:
         return []
-    with np.errstate(divide="ignore"):  # a symbol without frequency is refused in the end
-        return _encode(Batch(streams), tables)
-
-
-def _encode(batch: Batch, tables: Tables) -> list[Coded]:
+    batch = Batch(streams)
     symbols = batch.load()
     states = np.full(batch.edges[-1], LOWEST, np.uint32)
     words = np.empty(batch.size, np.uint16)  # no symbol puts out more than one
     ends = batch.counts.cumsum()
     place = ends.copy()
     ramp = np.arange(states.size)
-    rooms = np.empty((2, states.size), np.uint32)
-    least = np.full(states.size, TOTAL, np.uint32)
-    for step in batch.steps(MAX_ALPHABET, backwards=True):
-        x = states[step.lanes]
-        f, room, lowest = rooms[0, : x.size], rooms[1, : x.size], least[: x.size]
-        f[:] = symbols[step.symbols]
-        np.add(f, step.columns, f)
-        entry = tables.encoder.take(f)
-        np.right_shift(entry, _PRECISION, f)
-        np.minimum(lowest, f, out=lowest)
-        np.left_shift(f, _FULL_BITS, room)
-        full = (x >= room).nonzero()[0]
-        overflowing = x.take(full)
-        # They go in front of the stream's words, in the order of lanes.
-        edges = full.searchsorted(step.starts)
-        first = edges[:-1]
-        number = edges[1:] - first
-        last_word = place[step.streams]
-        last_word -= number
-        wanted = (last_word - first).repeat(number)
-        wanted += ramp[: full.size]
-        words[wanted] = overflowing
-        overflowing >>= _WORD_BITS
-        x[full] = overflowing
-        # x = x // f * TOTAL + x % f + cumulative
-        np.floor_divide(x, f, room)
-        np.subtract(_TOTAL, f, f)
-        np.multiply(room, f, room)
-        np.add(x, room, x)
-        np.bitwise_and(entry, _SLOT, entry)
-        np.add(x, entry, x)
-        if not isinstance(step.lanes, slice):  # else these are views
-            states[step.lanes] = x
-            place[step.streams] = last_word
-    if not least.all():
-        raise uncodable(batch.streams, tables)
+    rooms, masks = np.empty(states.size, np.uint32), np.empty(states.size, np.bool_)
+    quotients = np.empty(states.size)
+    for block in batch.blocks(MAX_ALPHABET, backwards=True):
+        x = states[block.lanes]
+        last_word = place[block.streams]
+        room, mask, quotient = rooms[: x.size], masks[: x.size], quotients[: x.size]
+        starts = block.starts
+        for step in _encoder_steps(block, symbols, tables, batch.streams):
+            limit, gap, cumulative, divisor = step
+            full = np.greater_equal(x, limit, mask).nonzero()[0]
+            overflowing = x[full]
+            # They go in front of the stream's words, in the order of lanes.
+            edges = full.searchsorted(starts)
+            first = edges[:-1]
+            number = edges[1:] - first
+            np.subtract(last_word, number, last_word)
+            wanted = (last_word - first).repeat(number)
+            np.add(wanted, ramp[: full.size], wanted)
+            words[wanted] = overflowing
+            np.right_shift(overflowing, _WORD_BITS, overflowing)
+            x[full] = overflowing
+            # x = x // f * TOTAL + x % f + cumulative. Quotients of such numbers that are not whole
+            # are further from whole ones than float64 rounds, and that is quicker.
+            quotient[:] = x
+            np.divide(quotient, divisor, quotient)
+            room[:] = quotient
+            np.multiply(room, gap, room)
+            np.add(x, room, x)
+            np.add(x, cumulative, x)
+        if not isinstance(block.lanes, slice):  # else these are views
+            states[block.lanes] = x
+            place[block.streams] = last_word
     every = zip(batch.indices, place, ends, batch.states(states), strict=True)
     done = {i: Coded(x.copy(), words[first:end].copy()) for i, first, end, x in every}
     return [done[i] for i in range(len(done))]
 
 
+def _encoder_steps(
+    block: Block, symbols: Bytes, tables: Tables, streams: Sequence[Stream]
+) -> Iterator[tuple[States, States, States, NDArray[np.float64]]]:
+    """What the steps of a block need besides the states, in the order of encoding.
+
+    Yields:
+        For each lane of a step: the least state without room, 4096 - frequency, the cumulative
+        frequency and, as float64, the frequency.
+
+    Raises:
+        UnsupportedInputError: a symbol of one of the `streams` has frequency 0.
+    """
+    mine = block.of(symbols)
+    steps, width = mine.shape
+    some = max(1, _PART_SIZE // width)
+    for last in range(steps, 0, -some):
+        part = slice(max(0, last - some), last)
+        entries = tables.encoder.take(block.columns[part] + mine[part])
+        if not entries.all():
+            raise uncodable(streams, tables)
+        f = entries >> _PRECISION
+        entries &= _SLOT
+        rows = f << _FULL_BITS, _TOTAL - f, entries, f.astype(np.float64)
+        yield from zip(*(x[::-1] for x in rows), strict=True)
+
+
 def decode_streams(streams: Sequence[Stream], coded: Sequence[Coded], tables: Tables) -> None:
     """See `kvlib.codecs.rans.Coder`."""
+    table = tables.by_slot
+
+    def find(slots: States, columns: States, entries: States) -> None:
+        np.bitwise_or(slots, columns, slots)
+        table.take(slots, None, entries, "wrap")  # all are there; "raise" would copy the entries
+
+    decode_with(find, streams, coded, TOTAL)
+
+
+def decode_with(find: Find, streams: Sequence[Stream], coded: Sequence[Coded], row: int) -> None:
+    """Decode like `decode_streams`, with entries that are found elsewhere; see `Find`.
+
+    Args:
+        find: finds them.
+        streams: see `kvlib.codecs.rans.Coder`.
+        coded: see there.
+        row: entries of what `find` takes for a table row.
+    """
     if not streams:
         return
     batch = Batch(streams)
@@ -277,37 +352,39 @@ def decode_streams(streams: Sequence[Stream], coded: Sequence[Coded], tables: Ta
     begin = sizes.cumsum() - sizes
     place = begin.copy()
     ramp = np.arange(states.size)
-    room = np.empty_like(states)
-    for step in batch.steps(TOTAL):
-        x = states[step.lanes]
-        slot = room[: x.size]
-        np.bitwise_and(x, _SLOT, slot)
-        np.bitwise_or(slot, step.columns, slot)
-        entry = tables.decoder.take(slot)
-        symbols[step.symbols] = entry  # the low byte
-        # x = frequency * (x >> PRECISION) + slot - cumulative
-        np.right_shift(entry, _FREQUENCY, slot)
-        np.right_shift(x, _PRECISION, x)
-        np.multiply(slot, x, slot)
-        np.add(x, slot, x)
-        np.right_shift(entry, _BYTE, entry)
-        np.bitwise_and(entry, _SLOT, entry)
-        np.add(x, entry, x)
-        low = (x < _LOWEST).nonzero()[0]
-        edges = low.searchsorted(step.starts)
-        first = edges[:-1]
-        number = edges[1:] - first
-        next_word = place[step.streams]
-        wanted = (next_word - first).repeat(number)
-        wanted += ramp[: low.size]
-        refilled = x.take(low)
-        refilled <<= _WORD_BITS
-        refilled |= words.take(wanted, mode="clip")
-        x[low] = refilled
-        next_word += number
-        if not isinstance(step.lanes, slice):  # else these are views
-            states[step.lanes] = x
-            place[step.streams] = next_word
+    slots, parts = np.empty((2, states.size), np.uint32)
+    masks = np.empty(states.size, np.bool_)
+    for block in batch.blocks(row):
+        x = states[block.lanes]
+        next_word = place[block.streams]
+        slot, part, mask = slots[: x.size], parts[: x.size], masks[: x.size]
+        starts = block.starts
+        entries = np.empty(block.columns.shape, np.uint32)
+        for columns, entry in zip(block.columns, entries, strict=True):
+            np.bitwise_and(x, _SLOT, slot)
+            find(slot, columns, entry)
+            np.right_shift(x, _PRECISION, slot)
+            np.right_shift(entry, _COMPLEMENT, part)
+            np.multiply(slot, part, slot)
+            np.subtract(x, slot, x)
+            np.bitwise_and(entry, _SLOT, part)
+            np.subtract(x, part, x)
+            low = np.less(x, _LOWEST, mask).nonzero()[0]
+            edges = low.searchsorted(starts)
+            first = edges[:-1]
+            number = edges[1:] - first
+            wanted = (next_word - first).repeat(number)
+            np.add(wanted, ramp[: low.size], wanted)
+            np.add(next_word, number, next_word)
+            refilled = x[low]
+            np.left_shift(refilled, _WORD_BITS, refilled)
+            np.bitwise_or(refilled, words.take(wanted, None, None, "clip"), refilled)
+            x[low] = refilled
+        entries >>= _PRECISION
+        block.of(symbols)[:] = entries  # the low byte of each
+        if not isinstance(block.lanes, slice):  # else these are views
+            states[block.lanes] = x
+            place[block.streams] = next_word
     used = (place - begin).tolist()
     for s, c, x, n in zip(batch.streams, given, batch.states(states), used, strict=True):
         check_end(s, c, x, n)

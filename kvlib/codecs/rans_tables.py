@@ -123,6 +123,23 @@ class Tables:
         packed = (entry >> PRECISION) - 1 << 20 | low << 8 | symbols
         return _frozen(packed.reshape(-1).astype(np.uint32, copy=False))
 
+    @cached_property
+    def by_symbol(self) -> NDArray[np.uint32]:
+        """At 256 * row + symbol: (4096 - frequency) << 20 | symbol << 12 | cumulative.
+
+        x - (4096 - frequency) * (x >> 12) - cumulative is what a state becomes in decoding.
+        """
+        entry = self.encoder.reshape(len(self), MAX_ALPHABET)
+        symbol = np.arange(MAX_ALPHABET, dtype=np.uint32)
+        packed = TOTAL - (entry >> PRECISION) << 20 | symbol << PRECISION | entry & (TOTAL - 1)
+        return _frozen(packed.reshape(-1).astype(np.uint32, copy=False))
+
+    @cached_property
+    def by_slot(self) -> NDArray[np.uint32]:
+        """At 4096 * row + slot: what `by_symbol` has for the slot's symbol."""
+        place = np.arange(0, MAX_ALPHABET * len(self), MAX_ALPHABET)[:, None]
+        return _frozen(self.by_symbol.take(place + self.symbols.reshape(len(self), -1)).reshape(-1))
+
 
 def _frozen(x: NDArray[_T]) -> NDArray[_T]:
     x.setflags(write=False)

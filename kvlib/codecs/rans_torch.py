@@ -19,7 +19,7 @@ from kvlib.codecs.rans import (
     check_end,
     uncodable,
 )
-from kvlib.codecs.rans_numpy import Batch, Step
+from kvlib.codecs.rans_numpy import Batch, Block
 from kvlib.codecs.rans_tables import MAX_ALPHABET, PRECISION, TOTAL, Tables
 
 __all__ = ["decode_streams", "encode_streams"]
@@ -27,15 +27,15 @@ __all__ = ["decode_streams", "encode_streams"]
 _CPU = torch.device("cpu")
 
 
-class _StepOn:
-    """A `Step` whose arrays are tensors on a device."""
+class _BlockOn:
+    """A `Block` whose arrays are tensors on a device."""
 
-    def __init__(self, step: Step, device: torch.device) -> None:
+    def __init__(self, block: Block, device: torch.device) -> None:
         def put(x: slice | np.ndarray) -> slice | Tensor:
             return x if isinstance(x, slice) else _put(x, device)
 
-        self.symbols, self.lanes, self.streams = step.symbols, put(step.lanes), put(step.streams)
-        self.columns, self.starts = _put(step.columns, device), _put(step.starts, device)
+        self.lanes, self.streams = put(block.lanes), put(block.streams)
+        self.columns, self.starts = _put(block.columns, device), _put(block.starts, device)
 
 
 def _put(x: np.ndarray, device: torch.device) -> Tensor:
@@ -66,18 +66,19 @@ def encode_streams(
     ends = _put(batch.counts.cumsum(), device)
     place = ends.clone()
     absent = torch.zeros((), dtype=torch.bool, device=device)
-    for at in batch.steps(MAX_ALPHABET, backwards=True):
-        step = _StepOn(at, device)
-        entry = table[step.columns + symbols[step.symbols]]
-        f = entry >> PRECISION
-        absent |= (f == 0).any()
-        x = states[step.lanes].clone()
-        full = torch.nonzero(x >= f << FULL_BITS).view(-1)
-        wanted, place[step.streams] = _places(full, step.starts, place[step.streams], -1)
-        words[wanted] = x[full] & ((1 << WORD_BITS) - 1)
-        x[full] >>= WORD_BITS
-        quotient = torch.div(x, f.clamp(min=1), rounding_mode="floor")
-        states[step.lanes] = x + quotient * (TOTAL - f) + (entry & (TOTAL - 1))
+    for at in batch.blocks(MAX_ALPHABET, backwards=True):
+        block = _BlockOn(at, device)
+        for columns, mine in zip(block.columns.flip(0), at.of(symbols).flip(0), strict=True):
+            entry = table[columns + mine]
+            f = entry >> PRECISION
+            absent |= (f == 0).any()
+            x = states[block.lanes].clone()
+            full = torch.nonzero(x >= f << FULL_BITS).view(-1)
+            wanted, place[block.streams] = _places(full, block.starts, place[block.streams], -1)
+            words[wanted] = x[full] & ((1 << WORD_BITS) - 1)
+            x[full] >>= WORD_BITS
+            quotient = torch.div(x, f.clamp(min=1), rounding_mode="floor")
+            states[block.lanes] = x + quotient * (TOTAL - f) + (entry & (TOTAL - 1))
     if absent:
         raise uncodable(batch.streams, tables)
     last = batch.states(states.cpu().numpy().astype(np.uint32))
@@ -106,18 +107,19 @@ def decode_streams(
     words = _put(np.concatenate([*(c.words for c in given), np.zeros(1, np.uint16)]), device)
     begin = _put(sizes.cumsum() - sizes, device)
     place = begin.clone()
-    for at in batch.steps(TOTAL):
-        step = _StepOn(at, device)
-        x = states[step.lanes]
-        slot = x & (TOTAL - 1)
-        symbol = lookup[step.columns + slot]
-        symbols[step.symbols] = symbol.to(torch.uint8)
-        entry = table[(step.columns >> PRECISION) * MAX_ALPHABET + symbol]
-        x = (entry >> PRECISION) * (x >> PRECISION) + slot - (entry & (TOTAL - 1))
-        low = torch.nonzero(x < LOWEST).view(-1)
-        wanted, place[step.streams] = _places(low, step.starts, place[step.streams], 1)
-        x[low] = x[low] << WORD_BITS | words[wanted.clamp(max=len(words) - 1)]
-        states[step.lanes] = x
+    for at in batch.blocks(TOTAL):
+        block = _BlockOn(at, device)
+        for columns, mine in zip(block.columns, at.of(symbols), strict=True):
+            x = states[block.lanes]
+            slot = x & (TOTAL - 1)
+            symbol = lookup[columns + slot]
+            mine[:] = symbol.to(torch.uint8)
+            entry = table[(columns >> PRECISION) * MAX_ALPHABET + symbol]
+            x = (entry >> PRECISION) * (x >> PRECISION) + slot - (entry & (TOTAL - 1))
+            low = torch.nonzero(x < LOWEST).view(-1)
+            wanted, place[block.streams] = _places(low, block.starts, place[block.streams], 1)
+            x[low] = x[low] << WORD_BITS | words[wanted.clamp(max=len(words) - 1)]
+            states[block.lanes] = x
     every = batch.states(states.cpu().numpy())
     for s, c, state, n in zip(batch.streams, given, every, (place - begin).tolist(), strict=True):
         check_end(s, c, state, n)

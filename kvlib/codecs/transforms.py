@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from kvlib.artefacts import Artefact, find_artefact, load_artefact, model_identity
 from kvlib.codecs.coefficients import Expected, levels_of
+from kvlib.codecs.products import Products
 from kvlib.errors import ConfigError
 from kvlib.spec import KVSpec
 
@@ -142,9 +143,8 @@ class MatrixTransform:
         )
 
     @cached_property
-    def decode_rows(self) -> Float:
-        """`decode` transposed."""
-        return np.ascontiguousarray(self.decode.T)
+    def _products(self) -> Products:
+        return Products([self.decode.T])
 
     def forward(self, x: Float) -> Float:
         """See `Transform`."""
@@ -157,11 +157,11 @@ class MatrixTransform:
 
     def join(self, y: Float) -> Float:
         """See `Transform`."""
-        return self.back(y[0])
+        return self._products.rows(y)
 
     def back(self, y: Float) -> Float:
         """See `Transform`."""
-        return y @ self.decode_rows[: y.shape[1]]
+        return self._products.rows(y[None])
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,15 +215,12 @@ class HeadsTransform:
         return len(self.heads)
 
     @cached_property
-    def _decode_rows(self) -> Float:
-        return np.stack([head.decode_rows for head in self.heads])
+    def _products(self) -> Products:
+        return Products([head.decode.T for head in self.heads])
 
     def join(self, y: Float) -> Float:
         """See `Transform`."""
-        rows = self._decode_rows[:, : y.shape[2]]
-        out = np.empty((y.shape[1], self.parts, rows.shape[2]), np.float32)
-        np.matmul(y, rows, out=out.transpose(1, 0, 2))
-        return out.reshape(len(out), -1)
+        return self._products.rows(y)
 
 
 class Profile:

@@ -36,9 +36,12 @@ from kvlib.testing.models import random_block
 if "numba" not in rans.backends():
     pytest.skip("numba does not work here", allow_module_level=True)
 
-from kvlib.codecs import cachegen_numba
+from kvlib.codecs import cachegen_numba, cachegen_symbols_numba, rans_vector
 
 BOTH = (cachegen_numba, cachegen_numpy)
+KERNELS = [(cachegen_numpy, False), (cachegen_numba, False)]  # and whether by vectors
+if rans_vector.SUPPORTED:
+    KERNELS.append((cachegen_numba, True))
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TOKENS = (1, 9, 10, 11, 64, 255, 256, 257)
 CONTENTS = [
@@ -256,8 +259,10 @@ def streams(draw):
 def test_streams(made, seed):
     """What the entropy coder wrote; damaged words and states give the same, or are refused."""
     made, tables = made
-    coded = rans.encode([x for x, _ in made], [r for _, r in made], tables, backend="numpy")
     rng = np.random.default_rng(seed)
+    lanes = rng.choice([8, 16, 32, 64, 128, 256], len(made)).tolist()
+    symbols, rows = zip(*made, strict=True)
+    coded = rans.encode(symbols, rows, tables, lanes, backend="numpy")
     for damage in (False, True):
         if damage:
             i = int(rng.integers(len(coded)))
@@ -267,20 +272,23 @@ def test_streams(made, seed):
             cut = words[: words.size - int(rng.integers(0, 2))]
             coded[i] = Coded(states, cut)
         results = []
-        for k in BOTH:
+        for k, vector in KERNELS:
             out = [np.full(x.shape, 99, np.uint8) for x, _ in made]
             todo = [
                 Stream(i, x.reshape(-1), np.resize(r, r.size + 256), r.size, c.states.size)
                 for i, (x, (_, r), c) in enumerate(zip(out, made, coded, strict=True))
             ]
             try:
-                k.decode(todo, coded, k.lookup(tables))
+                with pytest.MonkeyPatch.context() as patch:
+                    decoder = cachegen_symbols_numba.decoder(vector)
+                    patch.setattr(cachegen_symbols_numba, "DECODE", decoder)
+                    k.decode(todo, coded, k.lookup(tables))
             except CorruptDataError as exc:
                 assert damage
                 results.append(str(exc)[:8])
             else:
                 results.append([x.tobytes() for x in out])
-        assert results[0] == results[1]
+        assert results[0] == results[1] == results[-1]
         if not damage:
             assert results[0] == [x.tobytes() for x, _ in made]
 

@@ -6,24 +6,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvlib.codecs import coefficients_numpy, rans
+from kvlib.codecs import coefficients_numpy, coefficients_write_numpy, rans
 from kvlib.codecs.coefficients import (
     Chunk,
     Cursor,
     Expected,
-    draft_chunk,
+    level_tables,
     levels_of,
     parse_chunk,
-    write_chunks,
 )
-from kvlib.codecs.kvlc_kernels import kernels
 from kvlib.errors import CorruptDataError
 
 READERS = {"numpy": coefficients_numpy.read_chunks}
+WRITERS = {"numpy": coefficients_write_numpy}
 if "numba" in rans.backends():
-    from kvlib.codecs import coefficients_numba
+    from kvlib.codecs import coefficients_numba, coefficients_write_numba
 
     READERS["numba"] = coefficients_numba.read_chunks
+    WRITERS["numba"] = coefficients_write_numba
 STEP = np.float32(0.3)
 
 
@@ -45,7 +45,10 @@ def expectations(seed, r):
 
 
 def write(chunk, known):
-    return write_chunks([draft_chunk(chunk, known, kernels())])[0]
+    """A chunk's bytes, which all writers agree on."""
+    one, *others = [x.write_chunks([x.draft_chunk(chunk, known)])[0] for x in WRITERS.values()]
+    assert all(other == one for other in others)
+    return one
 
 
 def read(data, n, r, known, parts):
@@ -139,3 +142,42 @@ def test_nothing_is_active():
         rows, means = same(read(write(chunk, expectations(1, r)), 4, r, expectations(1, r), 3))
         assert rows.shape == (3, 4, 0)
         assert means.tolist() == [0] * r
+
+
+def test_low_bits_come_in_planes():
+    """The first plane holds bit 0 of all columns with a low bit, the first row first."""
+    rng = np.random.default_rng(0)
+    sizes = np.array([2, 90, 20, 3, 1 << 24, 1500, 3000, 60, 400])
+    values = rng.integers(-sizes, sizes, (13, sizes.size)).astype(np.int32)
+    wide = values.astype(np.int64)
+    chunk = Chunk(values, np.zeros(9, np.int64), wide.sum(axis=0), (wide**2).sum(axis=0))
+    data = write(chunk, Expected(np.full(9, 50, np.uint8), np.zeros(9, np.uint8)))
+    cursor = Cursor(data)
+    packed = parse_chunk(cursor, 13, 9, Expected(*np.full((2, 9), 50, np.uint8)), STEP, 1)
+    spread = (wide**2).sum(axis=0) / 13 - (wide.sum(axis=0) / 13) ** 2
+    shift = level_tables()[1][levels_of(np.sqrt(spread))]
+    assert shift.min() == 0
+    assert shift.max() > 16
+    assert packed.low_bytes == -(-13 * int(shift.sum()) // 8)
+    at = 4 * sum(packed.lanes) + 2 * sum(packed.words)
+    low = packed.body[at : at + packed.low_bytes]
+    planes = [
+        [v >> j & 1 for row in values for v, s in zip(row, shift, strict=True) if s > j]
+        for j in range(int(shift.max()))
+    ]
+    expected = [int(bit) for plane in planes for bit in plane]
+    assert [low[i >> 3] >> (i & 7) & 1 for i in range(len(expected))] == expected
+
+
+@pytest.mark.parametrize("profiled", [False, True])
+def test_the_largest_numbers(profiled):
+    """Values of up to 24 bits are mostly low bits, and rare ones escapes: more than float16s."""
+    n, r = 64, 70
+    known = expectations(5, r) if profiled else None
+    for deviations in (np.full(r, 2.0**21), np.geomspace(2.0**21, 0.1, r)):
+        chunk = make(1, n, r, deviations, 2.0**24, outliers=200)
+        data = write(chunk, known)
+        assert len(data) > 2048 + 2 * r * n or deviations[-1] < 1
+        rows, means = same(read(data, n, r, known, 1))
+        assert np.array_equal(rows[0], chunk.values.astype(np.float32) * STEP)
+        assert np.array_equal(means, chunk.means)

@@ -206,21 +206,6 @@ def test_what_quantize_refuses(wrong, monkeypatch):
         assert both(monkeypatch, do) == [None, None]
 
 
-def test_packing_low_bits(monkeypatch):
-    """The first plane holds bit 0 of all columns with a low bit, the first row first."""
-    rng = np.random.default_rng(0)
-    values = rng.integers(-(1 << 20), 1 << 20, (13, 9)).astype(np.int32)
-    shift = np.array([0, 3, 1, 0, 24, 7, 8, 2, 5], np.uint8)
-    one, two = both(monkeypatch, lambda: kernels().pack_low(values, shift).tobytes())
-    assert one == two
-    planes = [
-        [v >> j & 1 for row in values for v, s in zip(row, shift, strict=True) if s > j]
-        for j in range(24)
-    ]
-    expected = [int(bit) for plane in planes for bit in plane]
-    assert [one[i >> 3] >> (i & 7) & 1 for i in range(len(expected))] == expected
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
 @pytest.mark.parametrize("rope", ROPES)
 def test_placing_and_gathering(dtype, rope, monkeypatch):

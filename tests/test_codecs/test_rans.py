@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
@@ -13,16 +16,39 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from numba.core.dispatcher import Dispatcher
 
-from kvlib.codecs import rans, rans_tables, rans_torch
-from kvlib.codecs.rans import GAUSSIAN, Coded, Tables, backends, choose_lanes, decode, encode
+from kvlib.codecs import rans, rans_numba, rans_tables, rans_torch, rans_vector
+from kvlib.codecs.rans import GAUSSIAN, LOWEST, Coded, Tables, backends, choose_lanes
 from kvlib.errors import ConfigError, CorruptDataError, UnsupportedInputError
 from tests.oracles import rans as oracle
 
 ROOT = Path(__file__).parents[2]
-BACKENDS = ("numba", "numpy", "torch")
+NAMES = ("numba", "numpy", "torch")
+BACKENDS = (*NAMES, "scalar")  # the last is numba as it is where there is no AVX-512
 LANES = (8, 16, 32, 64, 128, 256)
 SHA256 = "a164528e3f6aff39550255bddcba5356af60cc3b53a3a433b9fb1070319509c3"
+
+
+@contextmanager
+def backend_named(name):
+    """What to ask for to get one of `BACKENDS`."""
+    if name != "scalar":
+        yield name
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rans_numba, "KERNELS", rans_numba.kernels(False))
+        yield "numba"
+
+
+def encode(symbols, rows, tables, lanes=None, backend=None):
+    with backend_named(backend) as name:
+        return rans.encode(symbols, rows, tables, lanes, name)
+
+
+def decode(coded, shapes, rows, tables, backend=None, out=None):
+    with backend_named(backend) as name:
+        return rans.decode(coded, shapes, rows, tables, name, out)
 
 
 def same(a, b):
@@ -327,6 +353,233 @@ def test_reciprocals_divide_exactly():
         assert (top - 1) * int(RECIPROCAL[f]) < 2**63
 
 
+# Vectors
+
+
+@st.composite
+def kernel_inputs(draw):
+    """A stream as kernels get it: its size around whole steps, its rows, states and words any."""
+    table = draw(tables())
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    lanes, period = draw(st.sampled_from(LANES)), draw(st.integers(1, 70))
+    steps, more = draw(st.integers(1, 12)), draw(st.sampled_from([-1, 0, 1, lanes // 2]))
+    columns = np.resize(rng.integers(0, len(table), period), period + lanes).astype(np.uint32)
+    low, high = draw(st.sampled_from([(LOWEST, 2**31), (LOWEST, LOWEST + 9), (2**30, 2**31)]))
+    states = rng.integers(low, high, lanes).astype(np.uint32)
+    return table, columns, period, states, max(1, steps * lanes + more), rng
+
+
+def both_kernels(of, *arguments):
+    """What the kernels with vectors and without return, and make of their copies of arguments."""
+    made = []
+    for vector in (True, False):
+        mine = [x.copy() if isinstance(x, np.ndarray) else x for x in arguments]
+        made.append((getattr(rans_numba.kernels(vector), of)(*mine), *mine))
+    return made
+
+
+@pytest.mark.avx512
+@given(kernel_inputs(), st.integers(0, 3000))
+@settings(max_examples=200, deadline=None)
+def test_vectors_decode_as_lanes_alone(given_input, most):
+    """Any words: the same symbols, states and number of words used, all of them or too many."""
+    table, columns, period, states, count, rng = given_input
+    words = rng.integers(0, 2**16, min(count, most) + states.size).astype(np.uint16)
+    symbols = np.full(count, 99, np.uint8)
+    lookup = rans_numba.lookup(table)
+    first, second = both_kernels("decode", symbols, columns, period, lookup, states, words)
+    assert first[0] == second[0]
+    np.testing.assert_array_equal(first[1], second[1])
+    np.testing.assert_array_equal(first[5], second[5])
+
+
+@pytest.mark.avx512
+@given(kernel_inputs(), st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_vectors_encode_as_lanes_alone(given_input, absent):
+    """Any states: the same ones follow, with the same words; an absent symbol is told."""
+    table, columns, period, states, count, rng = given_input
+    every = np.resize(columns[:period], count)
+    slots = rng.integers(0, 4096, count)
+    symbols = table.symbols.reshape(-1, 4096)[every, slots]
+    missing = np.flatnonzero(table.frequencies[every[0]] == 0)
+    place = int(rng.integers(0, count)) // period * period  # of the first column
+    if absent and missing.size:
+        symbols[place] = rng.choice(missing)
+    words = np.full(count, 7, np.uint16)
+    first, second = both_kernels(
+        "encode", symbols, columns, period, table.encoder, rans_numba.RECIPROCAL, states, words
+    )
+    assert first[0] == second[0]
+    assert (first[0] < 0) == bool(absent and missing.size)
+    if first[0] >= 0:
+        np.testing.assert_array_equal(first[6], second[6])
+        np.testing.assert_array_equal(first[7][first[0] :], second[7][first[0] :])
+
+
+@pytest.mark.parametrize("vector", [pytest.param(True, marks=pytest.mark.avx512), False])
+def test_kernels_divide_exactly(vector):
+    """By every frequency, at multiples and beside them, where rounding would show."""
+    f = np.arange(1, 4097)
+    rows = np.stack([f, 4096 - f], 1)
+    table = Tables(rows)
+    encode_lanes = rans_numba.kernels(vector).encode
+    places = np.unique(np.geomspace(1, 2**19, 60).astype(np.int64))
+    for multiple in places:
+        for beside in (-1, 0, 1):
+            x = np.clip(multiple * f + beside, LOWEST, np.maximum(f * 2**19 - 1, LOWEST))
+            full = x >= f * 2**19
+            rest = x >> np.where(full, 16, 0)
+            want = rest // f * 4096 + rest % f
+            for first in range(0, 4096, 256):
+                mine = slice(first, first + 256)
+                columns = np.resize(np.arange(first, first + 256), 512).astype(np.uint32)
+                states, words = x[mine].astype(np.uint32), np.empty(256, np.uint16)
+                symbols = np.zeros(256, np.uint8)
+                reciprocal = rans_numba.RECIPROCAL
+                at = encode_lanes(symbols, columns, 256, table.encoder, reciprocal, states, words)
+                np.testing.assert_array_equal(states, want[mine])
+                np.testing.assert_array_equal(words[at:], (x[mine] & 0xFFFF)[full[mine]])
+
+
+GUARDED = """
+import ctypes, mmap, os, sys
+import numpy as np
+from kvlib.codecs import cachegen_symbols_numba, rans_numba, rans_vector
+from kvlib.codecs.rans import LOWEST
+from kvlib.codecs.rans_tables import Tables
+
+PAGE = mmap.PAGESIZE
+mprotect = ctypes.CDLL(None, use_errno=True).mprotect
+
+
+def guarded(x, front):
+    # A copy that begins behind a page that nobody may touch, or ends in front of one.
+    size = -(-x.nbytes // PAGE) * PAGE
+    memory = mmap.mmap(-1, size + 2 * PAGE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for page in (address, address + PAGE + size):
+        assert mprotect(ctypes.c_void_p(page), ctypes.c_size_t(PAGE), 0) == 0
+    out = np.frombuffer(memory, x.dtype, x.size, PAGE if front else PAGE + size - x.nbytes)
+    out[:] = x
+    return out
+
+
+def read_only(x, front):
+    out = guarded(x, front)
+    out.setflags(write=False)
+    return out
+
+
+for front in (True, False):
+    x = guarded(np.zeros(5, np.uint32), front)
+    child = os.fork()
+    if child == 0:
+        ctypes.string_at(x.ctypes.data - 4 if front else x.ctypes.data + x.nbytes, 4)
+        os._exit(0)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])  # the guard works
+
+rng = np.random.default_rng(0)
+rows = rng.multinomial(4096 - 256, rng.dirichlet(np.full(256, 0.05), 5)) + 1
+rows[[0, 4]] = 0
+rows[[[0], [4]], [3, 255]] = 5, 4091  # of the last row the end is looked at
+table = Tables(rows)
+done = 0
+for vector in {False, rans_vector.SUPPORTED}:
+    for front in (True, False):
+        lookup = tuple(read_only(x, front) for x in rans_numba.lookup(table))
+        cumulative, width, starts = cachegen_symbols_numba.lookup(table)
+        found_in = guarded(cumulative, front), width, guarded(starts, front)
+        for lanes in (8, 16, 32, 128, 256):
+            for size in (1, lanes - 1, lanes, lanes + 1, 3 * lanes, 5 * lanes + 17):
+                for period in (1, 7, 16, 300):
+                    columns = np.resize(rng.integers(0, 5, period), period + lanes)
+                    columns = guarded(columns.astype(np.uint32), front)
+                    every = np.resize(columns[:period], size)
+                    symbols = table.symbols.reshape(-1, 4096)[every, rng.integers(0, 4096, size)]
+                    words = guarded(np.zeros(size, np.uint16), front)
+                    states = guarded(np.full(lanes, LOWEST, np.uint32), front)
+                    first = rans_numba.kernels(vector).encode(
+                        guarded(symbols, front), columns, period,
+                        guarded(table.encoder, front), rans_numba.RECIPROCAL, states, words,
+                    )
+                    good = words[first:]
+                    anything = rng.integers(0, 2**16, rng.integers(0, size + 1)).astype(np.uint16)
+                    for found, begin in (
+                        (good, states.copy()),
+                        (anything, np.full(lanes, LOWEST, np.uint32)),
+                        (anything, rng.integers(LOWEST, 2**31, lanes).astype(np.uint32)),
+                    ):
+                        padded = np.concatenate([found, np.zeros(lanes, np.uint16)])
+                        for kernel, tables in (
+                            (rans_numba.kernels(vector).decode, (lookup,)),
+                            (cachegen_symbols_numba.decoder(vector), found_in),
+                        ):
+                            out = guarded(np.zeros(size, np.uint8), front)
+                            kernel(
+                                out, columns, period, *tables,
+                                guarded(begin, front), guarded(padded, front),
+                            )
+                            if found is good:
+                                assert np.array_equal(out, symbols)
+                            done += 1
+print("inside", done)
+"""
+
+
+def test_nothing_outside_is_touched():
+    """Arrays beside pages that nobody may read or write, for good streams and any others."""
+    run = [sys.executable, "-c", GUARDED]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    kinds = 2 if rans_vector.SUPPORTED else 1
+    assert done.stdout == f"inside {kinds * 2 * 5 * 6 * 4 * 3 * 2}\n"
+
+
+@pytest.mark.slow
+def test_code_for_one_processor_is_not_loaded_on_another(tmp_path):
+    """numba tells them apart in its cache; without AVX-512 the kernels without vectors run."""
+    code = (
+        "import numpy as np; from kvlib.codecs import rans, rans_numba, rans_vector;"
+        "from kvlib.codecs import cachegen_symbols_numba as c;"
+        "x = np.arange(6000).reshape(-1, 60).astype(np.uint8) % 3 + 30; row = np.arange(60);"
+        "(coded,) = rans.encode([x], [row], rans.GAUSSIAN, [16]);"
+        "(y,) = rans.decode([coded], [x.shape], [row], rans.GAUSSIAN); assert (x == y).all();"
+        "print(rans_vector.SUPPORTED, rans_numba.KERNELS is rans_numba.kernels(False),"
+        "sum(c._find_starts.stats.cache_hits.values()), hash(coded.words.tobytes()))"
+    )
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONHASHSEED": "0"}
+    for name in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES"):
+        environment.pop(name, None)
+    seen = []
+    for name in (None, "generic", None):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment | ({"NUMBA_CPU_NAME": name} if name else {}),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        seen.append(done.stdout.split())
+    assert seen[1][:3] == ["False", "True", "0"]
+    assert [x[2] for x in seen] == ["0", "0", "1"]
+    assert len({x[3] for x in seen}) == 1
+    assert seen[0][:2] == seen[2][:2]
+
+
+def test_vectors_are_used_where_they_can_be():
+    """The default kernels have them exactly where numba compiles for AVX-512."""
+    assert rans_numba.KERNELS is rans_numba.kernels(rans_vector.SUPPORTED)
+    assert rans_numba.decode_lanes is rans_numba.KERNELS.decode
+    if not any(name.startswith("NUMBA_") and "CPU" in name for name in os.environ):
+        from llvmlite.binding import get_host_cpu_features
+
+        features = get_host_cpu_features()
+        has = all(features.get(x, False) for x in ("avx512f", "avx512bw", "avx512vl"))
+        assert has == rans_vector.SUPPORTED
+
+
 # Damage
 
 
@@ -530,7 +783,7 @@ def test_backends_and_their_choice(monkeypatch):
     """numba comes first; an argument beats KVLIB_RANS, which beats the default."""
     assert backends() == ("numba", "numpy", "torch")
     used = []
-    for name in BACKENDS:
+    for name in NAMES:
         module = rans._coder(name)
         real = module.encode_streams
         monkeypatch.setattr(
@@ -584,20 +837,44 @@ def test_importing_loads_no_compiler():
 
 def test_no_folder_for_the_compiler_s_cache(monkeypatch):
     """Where nothing can be written, kernels are compiled all the same."""
-    from kvlib.codecs import rans_numba
-
-    real = rans_numba.njit
     tried = []
 
-    def njit(*args, cache=False, **more):
-        tried.append(cache)
-        if cache:
-            raise RuntimeError("cannot cache function: no locator available")
-        return real(*args, **more)
+    def refuse(dispatcher):
+        tried.append(dispatcher)
+        raise RuntimeError("cannot cache function: no locator available")
 
-    monkeypatch.setattr(rans_numba, "njit", njit)
+    monkeypatch.setattr(Dispatcher, "enable_caching", refuse)
     double = rans_numba._compiled(rans_numba.types.int64)(lambda x: 2 * x)
-    assert (double(21), tried) == (42, [True, False])
+    assert (double(21), len(tried)) == (42, 1)
+
+
+def test_a_changed_source_makes_caches_stale(tmp_path):
+    """A kernel contains code of other files: whichever is changed, it is compiled again."""
+    source = Path(rans_numba.__file__)
+    folder = tmp_path / "kvlib" / "codecs"
+    shutil.copytree(source.parents[1], tmp_path / "kvlib", ignore=lambda *_: ["__pycache__"])
+    script = (
+        "from kvlib.codecs import rans_numba as r;"
+        "f = r.KERNELS.decode if hasattr(r.KERNELS, 'decode') else r.decode_lanes;"
+        "print(r.__file__, sum(f.stats.cache_hits.values()))"
+    )
+
+    def hits():
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+            cwd=tmp_path, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        file, count = done.stdout.split()
+        assert file == str(folder / "rans_numba.py")
+        return int(count)
+
+    assert hits() == 0
+    assert hits() == 1
+    with (folder / "rans_vector.py").open("a", encoding="utf-8") as file:
+        file.write("# another line\n")
+    assert hits() == 0
+    assert hits() == 1
 
 
 def test_unknown_names_of_the_module():
