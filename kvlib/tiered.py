@@ -35,12 +35,12 @@ from kvlib.model_hooks import AttentionCall, HookedCache, decoder_of, untraced, 
 from kvlib.model_spec import one_sequence, spec_for_model
 from kvlib.spec import EXACT, LayerKind
 from kvlib.store.leaf_pool import LeafPool, LeafStats
-from kvlib.store.leaves import LEAF_TOKENS, LeafFile, LeafShape, aligned
+from kvlib.store.leaves import LEAF_TOKENS, Index, LeafFile, LeafShape, aligned
 from kvlib.store.selecting import SELECTORS, BudgetedSelector, HeadShape, Selection
 from kvlib.store.selecting.percent import Percent
 from kvlib.store.sizes import parse_bytes
 from kvlib.store.store import KVStore
-from kvlib.tiered_attention import Part, attend_part, join
+from kvlib.tiered_attention import Part, attend_leaves, attend_part, join
 from kvlib.tiered_guess import QueryGuess
 from kvlib.tiered_layers import SPARE, Newest, TieredLayer
 from kvlib.tiered_prompts import Prompts, TieredReport
@@ -230,7 +230,7 @@ class TieredCache(Cache, HookedCache):
             part = self._chosen(index, query, logits)
         else:
             for slots in self._stream(index):
-                part = join(part, attend_part(query, *self._gather(slots, query.device)))
+                part = join(part, self._attend_leaves(query, slots))
         seen = newest.tokens - keys.shape[1]
         part = join(part, attend_part(query, *newest.all(), causal=seen + 1))
         self._attended += 1
@@ -245,11 +245,11 @@ class TieredCache(Cache, HookedCache):
         rows: Tensor = query.detach().unflatten(0, (self._shape.heads, -1)) * scale
         return rows
 
-    def _select(self, index: int, query: Tensor) -> list[int]:
-        """Leaves in the file that the abstracts choose for a scaled query [Hq, 1, D]."""
-        sealed = self._pool.file.count(index)
-        chosen = self._selection.select(index, query.cpu()).unique().tolist()
-        return [leaf for leaf in chosen if leaf < sealed]
+    def _select(self, index: int, query: Tensor) -> Index:
+        """Leaves in the file that the abstracts choose for a scaled query [Hq, 1, D], ascending."""
+        chosen = self._selection.select(index, query.cpu())
+        leaves: Index = (chosen[0] if len(chosen) == 1 else chosen.unique()).numpy()
+        return leaves[leaves < self._pool.file.count(index)]
 
     def _chosen(self, index: int, query: Tensor, logits: Logits) -> Part | None:
         """Attention to the leaves that the abstracts choose; the newest are in memory anyway.
@@ -264,14 +264,13 @@ class TieredCache(Cache, HookedCache):
             slots = self._pool.ask(index, leaves[at : at + most])
             if last:
                 slots = torch.cat([slots, self._pool.others(index, leaves)])
-            here = self._gather(slots, query.device)
-            if last:
-                self._fetch_ahead(index + 1, logits)  # it may take the slots of what was copied
             if len(slots):
-                part = join(part, attend_part(query, *here))
+                part = join(part, self._attend_leaves(query, slots))
+            if last:
+                self._fetch_ahead(index + 1, logits)  # it may take slots that were attended to
             slots = self._pool.rest()
             if len(slots):
-                part = join(part, attend_part(query, *self._gather(slots, query.device)))
+                part = join(part, self._attend_leaves(query, slots))
         return part
 
     def _fetch_ahead(self, index: int, logits: Logits) -> None:
@@ -283,16 +282,11 @@ class TieredCache(Cache, HookedCache):
             scaled = self._scaled(guess, logits).flatten(0, 1)
             self._pool.prefetch(index, self._select(index, scaled))
 
-    def _gather(self, slots: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Leaves in memory as keys and values [Hkv, n * LEAF_TOKENS, D], where attention runs."""
-        every = self._shape.unpack(self._pool.slots)
-        keys, values = (
-            x.index_select(0, slots).transpose(0, 1).flatten(1, 2).to(device) for x in every
-        )
-        return keys, values
+    def _attend_leaves(self, query: Tensor, slots: Tensor) -> Part:
+        return attend_leaves(query, self._shape, self._pool.slots, slots)
 
     def _stream(self, index: int) -> Iterator[Tensor]:
-        """Slots of all leaves of a layer, some at a time, the next ones being read meanwhile."""
+        """Slots of all leaves of a layer, some at a time: what memory holds before what is read."""
         count = self._pool.file.count(index)
         if isinstance(self._method, Percent):
             self._pool.pin(index, range(self._method.pinned(self.num_tokens)))
@@ -304,7 +298,11 @@ class TieredCache(Cache, HookedCache):
             elif index + 1 < self.spec.num_layers:
                 first = self._pool.file.count(index + 1)
                 self._pool.prefetch(index + 1, range(min(step, first)))
-            yield torch.cat([here, self._pool.rest()])
+            if len(here):
+                yield here
+            late = self._pool.rest()
+            if len(late):
+                yield late
 
     def _seal(self, index: int) -> None:
         """Make leaves of the newest tokens but `recent` of them."""

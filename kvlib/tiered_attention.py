@@ -11,11 +11,18 @@ All of it is float32.
 """
 
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Part", "attend_part", "join"]
+from kvlib.store.leaves import LEAF_TOKENS, LeafShape
+
+__all__ = ["Part", "attend_leaves", "attend_part", "join"]
+
+_MOST_ROWS = 16  # for each KV head; with more, a matrix product is worth its copies
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +65,52 @@ def attend_part(query: Tensor, keys: Tensor, values: Tensor, *, causal: int | No
     total = weights.sum(dim=-1)
     mixed = weights.view(heads, group * tokens, -1) @ values.float()
     return Part(largest, total, mixed.view(heads, group, tokens, -1))
+
+
+@cache
+def _kernels() -> Any:
+    """`kvlib.tiered_attention_numba`, None without numba."""
+    try:
+        return import_module("kvlib.tiered_attention_numba")
+    except ImportError:
+        return None
+
+
+def attend_leaves(
+    query: Tensor, shape: LeafShape, memory: Tensor, slots: Tensor, *, compiled: bool = True
+) -> Part:
+    """Attention over leaves in memory; see `attend_part`.
+
+    Args:
+        query: [Hkv, G, T, D], scaled; on the device where attention runs.
+        shape: of a leaf.
+        memory: uint8 [num_slots, slot_bytes], contiguous.
+        slots: int64 [n], of the leaves.
+        compiled: attend to leaves where they lie, with numba, where it is installed and can.
+    """
+    heads, group, tokens, dim = query.shape
+    rows = group * tokens
+    can = query.is_cpu and shape.dtype == torch.float32 and rows <= _MOST_ROWS
+    kernels = _kernels() if compiled and can else None
+    if kernels is None:
+        keys, values = (
+            x.index_select(0, slots).transpose(0, 1).flatten(1, 2).to(query.device)
+            for x in shape.unpack(memory)
+        )
+        return attend_part(query, keys, values)
+    numbers, places = memory.view(torch.float32).numpy(), slots.numpy()
+    logits = torch.empty((heads, rows, len(slots) * LEAF_TOKENS))
+    asking = query.reshape(heads, rows, dim).float().contiguous()
+    kernels.leaf_logits(numbers, places, asking.numpy(), logits.numpy())
+    largest = logits.amax(dim=-1)
+    weights = logits.sub_(largest[..., None]).exp_()
+    mixed = torch.empty((heads, rows, shape.v_dim))
+    kernels.leaf_values(numbers, places, weights.numpy(), shape.keys, mixed.numpy())
+    return Part(
+        largest.view(heads, group, tokens),
+        weights.sum(dim=-1).view(heads, group, tokens),
+        mixed.view(heads, group, tokens, -1),
+    )
 
 
 def join(one: Part | None, two: Part) -> Part:

@@ -72,6 +72,10 @@ class Newest:
 
     Args:
         shape: of the layer.
+
+    Attributes:
+        tokens: held.
+        nbytes: held, room to grow included. Ready made: each layer asks for those of all.
     """
 
     def __init__(self, shape: LeafShape) -> None:
@@ -79,12 +83,7 @@ class Newest:
             torch.empty((shape.heads, 0, dim), dtype=shape.dtype)
             for dim in (shape.k_dim, shape.v_dim)
         ]
-        self.tokens = 0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held, room to grow included."""
-        return sum(x.numel() * x.element_size() for x in self._room)
+        self.tokens = self.nbytes = 0
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Take keys and values [heads, T, D]."""
@@ -97,6 +96,7 @@ class Newest:
                 self._room[i] = room = grown
             room[:, self.tokens : last] = x
         self.tokens = last
+        self._weigh()
 
     def all(self) -> tuple[Tensor, Tensor]:
         """Keys and values [heads, tokens, D]: views."""
@@ -114,3 +114,7 @@ class Newest:
             else:
                 room[:, :rest] = kept.clone()
         self.tokens = rest
+        self._weigh()
+
+    def _weigh(self) -> None:
+        self.nbytes = sum(x.nbytes for x in self._room)

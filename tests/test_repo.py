@@ -263,6 +263,7 @@ FLOORS = (
         "selection",
         "tiered",
         "tiered_attention",
+        "tiered_attention_numba",
         "tiered_guess",
         "tiered_layers",
         "tiered_prompts",

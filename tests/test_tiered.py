@@ -13,9 +13,10 @@ from transformers import DynamicCache
 from kvlib import KVStore, TieredCache
 from kvlib.errors import CapacityError, ConfigError, CorruptDataError, UnknownPluginError
 from kvlib.store import blockio
-from kvlib.store.leaves import LEAF_TOKENS
+from kvlib.store.leaves import LEAF_TOKENS, LeafShape
 from kvlib.testing.models import tiny_model
-from kvlib.tiered_attention import attend_part, join
+from kvlib.tiered_attention import attend_leaves, attend_part, join
+from kvlib.tiered_layers import Newest
 
 TOKENS = 900
 
@@ -347,3 +348,49 @@ def test_parts_join_to_the_whole(cuts, tokens, scale, seed):
     weights = logits.masked_fill(hidden, float("-inf")).softmax(-1)
     want = torch.einsum("hgtn,hnd->hgtd", weights, values.double())
     torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.builds(
+        LeafShape,
+        st.integers(1, 3),
+        st.sampled_from([1, 5, 16, 40]),
+        st.sampled_from([1, 6, 32]),
+        st.sampled_from([torch.float32, torch.float32, torch.bfloat16]),
+    ),
+    group=st.integers(1, 20),
+    tokens=st.integers(1, 2),
+    count=st.integers(1, 7),
+    compiled=st.booleans(),
+    scale=st.floats(0.1, 10),
+    seed=st.integers(0, 10**6),
+)
+def test_leaves_are_attended_to_where_they_lie(shape, group, tokens, count, compiled, scale, seed):
+    """In any order, compiled or not, against softmax in float64; what is between is not read."""
+    generator = torch.Generator().manual_seed(seed)
+    keys, values = (
+        torch.randn((shape.heads, count * LEAF_TOKENS, dim), generator=generator).to(shape.dtype)
+        for dim in (shape.k_dim, shape.v_dim)
+    )
+    memory = torch.full((count + 3, shape.slot_bytes), 0xFF, dtype=torch.uint8)  # NaN
+    slots = torch.randperm(count + 3, generator=generator)[:count]
+    packed = torch.zeros((count, shape.slot_bytes), dtype=torch.uint8)
+    shape.pack(keys, values, packed.numpy())
+    memory[slots] = packed
+    query = torch.randn((shape.heads, group, tokens, shape.k_dim), generator=generator)
+    query *= scale / shape.k_dim**0.5
+    got = attend_leaves(query, shape, memory, slots, compiled=compiled)
+    logits = torch.einsum("hgtd,hnd->hgtn", query.double(), keys.double())
+    want = torch.einsum("hgtn,hnd->hgtd", logits.softmax(-1), values.double())
+    torch.testing.assert_close(got.output().double(), want, rtol=1e-4, atol=1e-5)
+    whole = got.largest.double() + got.total.double().log()
+    torch.testing.assert_close(whole, logits.logsumexp(-1), rtol=1e-5, atol=1e-4)
+
+
+def test_the_newest_tokens_count_as_what_they_take():
+    newest = Newest(LeafShape(2, 4, 6, torch.float32))
+    for count, dropped in ((1, 0), (40, 16), (200, 192), (3, 0)):
+        newest.append(torch.ones(2, count, 4), torch.ones(2, count, 6))
+        newest.drop(dropped)
+        assert newest.nbytes == sum(x.untyped_storage().nbytes() for x in newest.all())

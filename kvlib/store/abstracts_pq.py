@@ -17,6 +17,8 @@ quantization, Ge et al. 2013).
 
 import math
 from collections.abc import Sequence
+from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -30,6 +32,15 @@ from kvlib.store.leaves import LEAF_TOKENS
 __all__ = ["CENTROIDS", "Codebook", "Codes", "load_faiss"]
 
 CENTROIDS = 256
+
+
+@cache
+def _kernels() -> Any:
+    """`kvlib.store.abstracts_pq_numba`, None without numba."""
+    try:
+        return import_module("kvlib.store.abstracts_pq_numba")
+    except ImportError:
+        return None
 
 
 class Codebook:
@@ -188,13 +199,26 @@ class Codes:
             raise ShapeError(f"codes {tuple(rows.shape)}; expected [tokens, {heads * parts}]")
         self._codes.extend(rows.unflatten(1, (heads, parts)))
 
-    def logits(self, query: Tensor) -> Tensor:
-        """Give q . (k - mean) of every key, as its code has it: float32 [heads, rows, tokens]."""
+    def logits(self, query: Tensor, *, compiled: bool = True) -> Tensor:
+        """Give q . (k - mean) of every key, as its code has it.
+
+        Args:
+            query: float [heads, rows, dim].
+            compiled: use numba where it is installed; the bits are the same.
+
+        Returns:
+            float32 [heads, rows, tokens].
+        """
         tables = self.book.table(query)
-        codes = self._codes.data.int() + self._starts
-        return torch.stack(
-            [embedding_bag(codes[:, h], table, mode="sum").t() for h, table in enumerate(tables)]
-        )
+        kernels = _kernels() if compiled else None
+        if kernels is None:
+            codes = self._codes.data.int().add_(self._starts)
+            rows = [embedding_bag(codes[:, h], x, mode="sum") for h, x in enumerate(tables)]
+            return torch.stack([x.t() for x in rows])
+        out = torch.empty(len(tables), query.shape[1], self.num_tokens)
+        turned = tables.transpose(1, 2).contiguous().numpy()
+        kernels.look_up(self._codes.data.numpy(), turned, CENTROIDS, out.numpy())
+        return out
 
     def scores(self, query: Tensor) -> Tensor:
         """Logarithm of the sum of exp(q . (k - mean)) over each leaf.
@@ -206,8 +230,10 @@ class Codes:
             float32 [heads, rows, n].
         """
         logits = self.logits(query)
-        padded = pad(logits, (0, len(self) * self.leaf - logits.shape[2]), value=-torch.inf)
-        leaves: Tensor = padded.unflatten(2, (-1, self.leaf))
+        missing = len(self) * self.leaf - logits.shape[2]
+        if missing:
+            logits = pad(logits, (0, missing), value=-torch.inf)
+        leaves: Tensor = logits.unflatten(2, (-1, self.leaf))
         return leaves.logsumexp(-1)
 
 

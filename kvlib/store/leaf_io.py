@@ -18,7 +18,7 @@ import os
 import platform
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -198,6 +198,7 @@ class Batch:
         self._lanes = lanes
         self.got = [0] * len(offsets)
         """Bytes of each read that have come, or minus an errno; 0 also for one not begun."""
+        self._come: list[int] = []  # reads that are over, in that order
         self._under_way = 0
         self._lane = lanes.take() if offsets else None
         if self._lane is None:
@@ -225,16 +226,31 @@ class Batch:
         Returns:
             Whether it is over.
         """
-        while self._lane is not None and self._under_way:
-            events = self._lane.wait(self._under_way if wait else 0)
-            for index, got in zip(events["data"].tolist(), events["got"].tolist(), strict=True):
-                self.got[index] = got
-            self._under_way -= len(events)
-            if not wait:
-                break
+        self._gather(self._under_way if wait else 0)
+        while wait and self._under_way:
+            self._gather(self._under_way)
+        return self.over
+
+    def arrivals(self) -> Iterator[list[int]]:
+        """Each read once: as they come, some at a time; then those that were not begun."""
+        told = 0
+        while self._under_way:
+            self._gather(1)
+            yield self._come[told:]
+            told = len(self._come)
+        yield [*self._come[told:], *sorted({*range(len(self.got))}.difference(self._come))]
+
+    def _gather(self, least: int) -> None:
+        """Take in what has come, `least` or more."""
+        if self._lane is None or not self._under_way:
+            return
+        events = self._lane.wait(least)
+        for index, got in zip(events["data"].tolist(), events["got"].tolist(), strict=True):
+            self.got[index] = got
+            self._come.append(index)
+        self._under_way -= len(events)
         if not self._under_way:
             self._give_back()
-        return self.over
 
     def _give_back(self) -> None:
         lane, self._lane = self._lane, None

@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The leaves of a long context that memory holds; see `kvlib.store.leaves`."""
+"""The leaves of a long context that memory holds; see `kvlib.store.leaves`.
+
+A step asks for hundreds of leaves of each layer, so what is known of them is in arrays, by leaf and
+by slot, and looked up for all at once.
+"""
 
 import mmap
 import threading
-from collections import OrderedDict
-from collections.abc import Container, Iterator, Sequence, Set
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import asdict, dataclass
 from time import perf_counter
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvlib.errors import (
@@ -21,13 +24,18 @@ from kvlib.errors import (
     StoreClosedError,
     StoreError,
 )
-from kvlib.store.leaves import RUN_LEAVES, Bytes, LeafFile, Reading
+from kvlib.store.leaves import RUN_LEAVES, Bytes, Index, LeafFile, Reading
 
 __all__ = ["LeafPool", "LeafStats"]
 
 _READERS = 2
-_FEW = 32
-"""Leaves that are checked here sooner than threads are woken for it."""
+_BATCH_LEAVES = 128  # read in one system call
+_NONE: Index = np.empty(0, np.int64)
+
+# The rank of a slot says when its leaf makes room, the lowest first: see `LeafPool._room`.
+_CURRENT = 1 << 61  # its layer asked for it in its last step; below this, it is stale
+_NEVER = 1 << 62  # not held: free, or its leaf is on its way
+_TURN = 1 << 24  # more than there are leaves in a layer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,16 +84,32 @@ class LeafPool:
         self._usable = num_slots
         self._tensor = torch.from_numpy(self._memory)
         self._free = list(range(num_slots))[::-1]
-        self._held: dict[tuple[int, int], int] = {}
-        self._stale: OrderedDict[tuple[int, int], None] = OrderedDict()
-        self._current: dict[int, set[int]] = {}  # what each layer asked for last, that layer last
-        self._pinned: dict[tuple[int, int], None] = {}  # in the order of pinning
-        self._coming: dict[tuple[int, int], tuple[int, Reading]] = {}
-        self._awaited: set[tuple[int, int]] = set()
-        self._late: tuple[int, list[int]] = 0, []
+        self._layer_of, self._leaf_of = np.full((2, num_slots), -1)  # by slot, -1: it is free
+        self._rank = np.full(num_slots, _NEVER)
+        # By layer and leaf:
+        self._slot_of = np.full((file.num_layers, 0), -1)  # held or on its way; -1: neither
+        self._current = np.zeros((file.num_layers, 0), np.bool_)  # asked for in the last step
+        self._pinned = np.zeros((file.num_layers, 0), np.bool_)
+        self._pins: list[tuple[int, int]] = []  # in the order of pinning
+        self._turns = [0] * file.num_layers  # when a layer asked last
+        self._turn = self._stamp = 0
+        self._coming: list[Reading] = []
+        self._awaited: tuple[int, Index] = 0, _NONE
+        self._late: tuple[int, Index] = 0, _NONE
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="kvlib-leaves")
-        self._stats = LeafStats()
+        self._counts = asdict(LeafStats())
         self._closed = False
+        self._know(max(file.count(layer) for layer in range(file.num_layers)))
+
+    def _know(self, leaves: int) -> None:
+        """Make room in the tables for so many leaves of a layer."""
+        layers, room = self._slot_of.shape
+        if leaves > room:
+            more = leaves + leaves // 2 - room
+            blank = np.zeros((layers, more), np.bool_)
+            self._slot_of = np.hstack([self._slot_of, np.full((layers, more), -1)])
+            self._current = np.hstack([self._current, blank])
+            self._pinned = np.hstack([self._pinned, blank])
 
     @property
     def num_slots(self) -> int:
@@ -109,20 +133,23 @@ class LeafPool:
         if count >= self._usable:
             raise CapacityError(f"{count} of {self._usable} slots for leaves are to be given up")
         last = self._usable - count
-        self._awaited, self._late = set(), (0, [])
-        self._settle({key for key, (slot, _) in self._coming.items() if slot < last})
-        while len(self._pinned) > last // 2:  # as `pin` promises, and so that there is room
-            self._pinned.popitem()
+        self._awaited = self._late = 0, _NONE
+        self._settle(lambda reading: bool((reading.places >= last).any()))
+        while len(self._pins) > last // 2:  # as `pin` promises, and so that there is room
+            self._pinned[self._pins.pop()] = False
         free = self._room(count)
         if len(free) < count:  # the rest is on its way here
-            self._settle(set())
+            self._settle()
             free += self._room(count - len(free))
         self._free.extend(free)
         below = [slot for slot in self._free if slot < last]
-        for key, slot in self._held.items():
-            if slot >= last:
-                self._held[key] = to = below.pop()
-                self._memory[to] = self._memory[slot]
+        moving = np.flatnonzero(self._rank[last:] < _NEVER) + last
+        to = np.array([below.pop() for _ in moving], np.int64)
+        self._memory[to] = self._memory[moving]
+        layers, leaves, ranks = self._layer_of[moving], self._leaf_of[moving], self._rank[moving]
+        self._vacate(moving)
+        self._place(layers, leaves, to)
+        self._rank[to] = ranks
         self._free = below
         self._usable = last
         first = self.nbytes
@@ -137,121 +164,131 @@ class LeafPool:
 
     def stats(self) -> LeafStats:
         """A snapshot of the counters."""
-        return self._stats
+        return LeafStats(**self._counts)
 
     def _count(self, **more: float) -> None:
-        self._stats = replace(
-            self._stats, **{k: getattr(self._stats, k) + n for k, n in more.items()}
-        )
+        for name, n in more.items():
+            self._counts[name] += n
 
-    def _room(self, wanted: int, keep: Set[tuple[int, int]] = frozenset()) -> list[int]:
-        """As many slots as there are, up to `wanted`, for other leaves than those of `keep`.
+    def _place(self, layer: int | Index, leaves: Index, slots: Index) -> None:
+        """Give slots to leaves that are on their way."""
+        self._slot_of[layer, leaves] = slots
+        self._layer_of[slots], self._leaf_of[slots] = layer, leaves
+
+    def _vacate(self, slots: Index) -> None:
+        """Forget what is in slots."""
+        self._slot_of[self._layer_of[slots], self._leaf_of[slots]] = -1
+        self._layer_of[slots] = self._leaf_of[slots] = -1
+        self._rank[slots] = _NEVER
+
+    def _room(self, wanted: int, layer: int = 0, keep: Index = _NONE) -> list[int]:
+        """As many slots as there are, up to `wanted`, for other leaves than `keep` of a layer.
 
         Free ones first, then those of leaves that their layer did not ask for last time, the ones
         that were given up longest ago. What layers did ask for is asked for again in the next step,
         layer after layer: the layer that was served last has the longest to wait, so its leaves go
         first. (LRU would drop exactly what comes next.)
         """
-        slots = [self._free.pop() for _ in range(min(wanted, len(self._free)))]
-        missing = wanted - len(slots)
-        stay = [keep, self._awaited, self._pinned]
-        victims = [*islice(self._victims(stay), missing)] if missing else []
-        for key in victims:
-            slots.append(self._held.pop(key))
-            self._stale.pop(key, None)
+        given = self._free[max(len(self._free) - wanted, 0) :][::-1]
+        del self._free[len(self._free) - len(given) :]
+        missing = wanted - len(given)
+        if not missing:
+            return given
+        rank = self._rank.copy()
+        for of, leaves in ((layer, keep), self._awaited):
+            slots = self._slot_of[of, leaves]
+            rank[slots[slots >= 0]] = _NEVER
+        if self._pins:
+            rank[self._pinned[self._layer_of, self._leaf_of]] = _NEVER
+        victims = np.flatnonzero(rank < _NEVER)
+        if len(victims) > missing:
+            victims = victims[np.argpartition(rank[victims], missing - 1)[:missing]]
+        self._vacate(victims)
         self._count(evicted=len(victims))
-        return slots
+        return given + victims.tolist()
 
-    def _victims(self, stay: Sequence[Container[tuple[int, int]]]) -> Iterator[tuple[int, int]]:
-        for key in self._stale:
-            if not any(key in x for x in stay):
-                yield key
-        for layer in reversed(self._current):
-            for leaf in sorted(self._current[layer], reverse=True):
-                key = layer, leaf
-                if key in self._held and not any(key in x for x in stay):
-                    yield key
+    def _hold(self, layer: int, leaves: Index, slots: Index) -> None:
+        """Leaves are in memory now, or their layer asks for other ones: rank them."""
+        wanted = self._current[layer, leaves]
+        turn = _NEVER - 1 - self._turns[layer] * _TURN
+        self._rank[slots] = np.where(wanted, turn - leaves, self._stamp + np.arange(len(slots)))
+        self._stamp += len(slots)
 
-    def _hold(self, key: tuple[int, int], slot: int) -> None:
-        """A leaf is in memory; nobody has asked for it since."""
-        self._held[key] = slot
-        if key[1] not in self._current.get(key[0], ()):
-            self._stale[key] = None
+    def _asked(self, layer: int, leaves: Index) -> None:
+        """Remember what a layer asks for; what it no longer does is stale."""
+        current = self._current[layer]
+        before = np.flatnonzero(current)
+        current[before] = False
+        current[leaves] = True
+        self._turn += 1
+        self._turns[layer] = self._turn
+        both = np.concatenate([before[~current[before]], leaves])
+        slots = self._slot_of[layer, both]
+        held = self._is_held(slots)
+        self._hold(layer, both[held], slots[held])
 
-    def _asked(self, layer: int, leaves: Sequence[int]) -> None:
-        """Remember what a layer asked for; what it no longer does is stale."""
-        mine = set(leaves)
-        for leaf in sorted(self._current.pop(layer, set()) - mine):
-            if (layer, leaf) in self._held:
-                self._stale[layer, leaf] = None
-        self._current[layer] = mine
-        for leaf in leaves:
-            self._stale.pop((layer, leaf), None)
+    def _is_held(self, slots: Index) -> NDArray[np.bool_]:
+        """Which of these slots of leaves, -1 for none, have what has been read."""
+        held: NDArray[np.bool_] = (slots >= 0) & (self._rank[slots] < _NEVER)
+        return held
 
-    def _start(self, layer: int, leaves: Sequence[int], slots: Sequence[int]) -> None:
+    def _start(self, layer: int, leaves: Index, slots: Sequence[int]) -> None:
         """Begin to read leaves into slots.
 
-        Threads wait for and check what takes long, or what does not go on by itself.
+        Threads read what does not go on by itself. (Checking takes the interpreter, so threads
+        would not do it sooner.)
         """
         if self._closed:
             raise StoreClosedError("this cache is closed")
-        for at in range(0, len(leaves), RUN_LEAVES):
-            some, places = leaves[at : at + RUN_LEAVES], slots[at : at + RUN_LEAVES]
-            reading = self.file.begin(layer, some, self._memory, places)
-            for leaf, slot in zip(some, places, strict=True):
-                self._coming[layer, leaf] = slot, reading
-            if len(leaves) > _FEW or not reading.overlaps:
+        places = np.array(slots, np.int64)
+        self._place(layer, leaves, places)
+        size = _BATCH_LEAVES if self.file.lanes.overlapping else RUN_LEAVES
+        for at in range(0, len(leaves), size):
+            some = slice(at, at + size)
+            reading = self.file.begin(layer, leaves[some], self._memory, places[some])
+            self._coming.append(reading)
+            if not reading.overlaps:
                 self._readers.submit(reading.finish)
         self._count(fetched=len(leaves), fetched_bytes=len(leaves) * self.file.shape.slot_bytes)
 
-    def _land(self, layer: int, leaves: Sequence[int]) -> None:
-        """Wait for leaves that are coming."""
-        failed: Exception | None = None
-        for leaf in leaves:
-            if (layer, leaf) in self._coming:
-                failed = self._take_in((layer, leaf)) or failed
-        if failed is not None:
-            raise failed
-
-    def _take_in(self, key: tuple[int, int]) -> Exception | None:
-        """Wait for a leaf that is coming; why it did not come."""
-        slot, reading = self._coming[key]
-        failed: Exception | None = None
+    def _take_in(self, reading: Reading) -> Exception | None:
+        """Wait for what is coming; why it did not come."""
+        self._coming.remove(reading)
         try:
             reading.finish()
         except (StoreError, CorruptDataError) as exc:
-            failed = exc
-            self._free.append(slot)
-        else:
-            self._hold(key, slot)
-        del self._coming[key]
-        return failed
+            self._vacate(reading.places)
+            self._free.extend(reading.places.tolist())
+            return exc
+        self._hold(reading.layer, reading.leaves, reading.places)
+        return None
 
-    def _settle(self, but: Set[tuple[int, int]]) -> None:
-        """Wait for what nobody has asked for; what failed will fail again for those who do."""
-        for key in [key for key in self._coming if key not in but]:
-            self._take_in(key)
+    def _settle(self, which: Callable[[Reading], bool] = lambda _: True) -> None:
+        """Wait for what nobody needs now; what failed will fail again for those who ask."""
+        for reading in [reading for reading in self._coming if which(reading)]:
+            self._take_in(reading)
 
-    def _harvest(self) -> None:
-        """Take in what has arrived without anybody asking; what failed will fail again for them."""
-        arrived = {x for x in {reading for _, reading in self._coming.values()} if x.arrived()}
-        for key in [key for key, (_, reading) in self._coming.items() if reading in arrived]:
-            if key not in self._awaited:  # `rest` takes those, and says if they did not come
-                self._take_in(key)
+    def _is_awaited(self, reading: Reading) -> bool:
+        """Whether `rest` takes it, and says if it did not come."""
+        layer, late = self._late
+        if reading.layer != layer or not len(late):
+            return False
+        return bool(self._current[layer, reading.leaves].any())
 
-    def prefetch(self, layer: int, leaves: Sequence[int]) -> None:
+    def prefetch(self, layer: int, leaves: Sequence[int] | Index) -> None:
         """Begin to read those of these leaves that memory does not hold, as far as there is room.
 
         Args:
             layer: which.
             leaves: ascending. They take the place of those used longest ago, but not of each other.
         """
-        self._harvest()
-        missing = [leaf for leaf in leaves if not self._has(layer, leaf)]
-        slots = sorted(self._room(len(missing), {(layer, leaf) for leaf in leaves}))
+        self._settle(lambda reading: not self._is_awaited(reading) and reading.arrived())
+        wanted = np.asarray(leaves, np.int64)
+        missing = wanted[self._slot_of[layer, wanted] < 0]
+        slots = sorted(self._room(len(missing), layer, wanted))
         self._start(layer, missing[: len(slots)], slots)
 
-    def get(self, layer: int, leaves: Sequence[int]) -> Tensor:
+    def get(self, layer: int, leaves: Sequence[int] | Index) -> Tensor:
         """Leaves in memory; see `ask`, which this waits for.
 
         Returns:
@@ -264,9 +301,9 @@ class LeafPool:
         """
         self.ask(layer, leaves)
         self.rest()
-        return self._places(layer, leaves)
+        return torch.from_numpy(self._slot_of[layer, np.asarray(leaves, np.int64)])
 
-    def ask(self, layer: int, leaves: Sequence[int]) -> Tensor:
+    def ask(self, layer: int, leaves: Sequence[int] | Index) -> Tensor:
         """Begin to read those of these leaves that memory does not hold; `rest` waits for them.
 
         Args:
@@ -283,23 +320,28 @@ class LeafPool:
         if len(leaves) > self.num_slots:
             raise CapacityError(f"{len(leaves)} leaves asked for, memory holds {self.num_slots}")
         begun = perf_counter()
-        self._awaited = {(layer, leaf) for leaf in leaves}
-        here = [leaf for leaf in leaves if (layer, leaf) in self._held]
-        missing = [leaf for leaf in leaves if not self._has(layer, leaf)]
-        if missing:
-            slots = self._room(len(missing))
-            if len(slots) < len(missing):  # prefetches of other layers took the rest
-                self._settle(self._awaited)
-                slots += self._room(len(missing) - len(slots))
-            self._start(layer, missing, sorted(slots))
-        self._asked(layer, leaves)
-        self._late = layer, [leaf for leaf in leaves if (layer, leaf) in self._coming]
+        wanted = np.asarray(leaves, np.int64)
+        self._awaited, self._late = (layer, wanted), (layer, _NONE)
+        missing = wanted[self._slot_of[layer, wanted] < 0]
+        if len(missing):
+            free = self._room(len(missing))
+            if len(free) < len(missing):  # prefetches took the rest, of these leaves perhaps
+                self._free += free
+                self._settle()
+                missing = wanted[self._slot_of[layer, wanted] < 0]
+                free = self._room(len(missing))
+            self._start(layer, missing, sorted(free))
+        self._asked(layer, wanted)
+        slots = self._slot_of[layer, wanted]
+        here = self._is_held(slots)
+        self._late = layer, wanted[~here]
+        hits = int(here.sum())
         self._count(
-            hits=len(here),
-            ahead=len(leaves) - len(here) - len(missing),
-            wait_seconds=perf_counter() - begun if missing else 0.0,
+            hits=hits,
+            ahead=len(wanted) - hits - len(missing),
+            wait_seconds=perf_counter() - begun if len(missing) else 0.0,
         )
-        return self._places(layer, here)
+        return torch.from_numpy(slots[here])
 
     def rest(self) -> Tensor:
         """Wait for what was asked for and was not in memory.
@@ -312,35 +354,34 @@ class LeafPool:
             StoreError: the device fails.
         """
         layer, late = self._late
-        begun = perf_counter()
-        if late:
-            self._land(layer, late)
+        if len(late):
+            begun = perf_counter()
+            awaited = [reading for reading in self._coming if self._is_awaited(reading)]
+            failed = [exc for exc in map(self._take_in, awaited) if exc is not None]
             self._count(wait_seconds=perf_counter() - begun)
-        return self._places(layer, late)
+            if failed:
+                raise failed[0]
+        return torch.from_numpy(self._slot_of[layer, late])
 
-    def others(self, layer: int, leaves: Sequence[int]) -> Tensor:
+    def others(self, layer: int, leaves: Sequence[int] | Index) -> Tensor:
         """Slots of a layer's leaves that memory holds and nobody asks for now: int64 [n].
 
         Args:
             layer: which.
             leaves: what it does ask for in this step, all of it.
         """
-        mine = set(leaves)
-        return self._places(
-            layer, [leaf for of, leaf in self._stale if of == layer and leaf not in mine]
-        )
+        slots = self._slot_of[layer].copy()
+        slots[leaves] = -1
+        return torch.from_numpy(slots[(slots >= 0) & (self._rank[slots] < _CURRENT)])
 
-    def _places(self, layer: int, leaves: Sequence[int]) -> Tensor:
-        return torch.tensor([self._held[layer, leaf] for leaf in leaves], dtype=torch.int64)
-
-    def _has(self, layer: int, leaf: int) -> bool:
-        """Whether a leaf is in memory or on its way."""
-        return (layer, leaf) in self._held or (layer, leaf) in self._coming
-
-    def pin(self, layer: int, leaves: Sequence[int]) -> None:
+    def pin(self, layer: int, leaves: Sequence[int] | Index) -> None:
         """Keep leaves that are in memory, or will be, from now on; at most half of the slots."""
-        fresh = [(layer, leaf) for leaf in leaves if (layer, leaf) not in self._pinned]
-        self._pinned |= dict.fromkeys(fresh[: max(self.num_slots // 2 - len(self._pinned), 0)])
+        wanted = np.asarray(leaves, np.int64)
+        self._know(int(wanted.max(initial=-1)) + 1)
+        fresh = wanted[~self._pinned[layer, wanted]]
+        fresh = fresh[: max(self.num_slots // 2 - len(self._pins), 0)]
+        self._pinned[layer, fresh] = True
+        self._pins += [(layer, leaf) for leaf in fresh.tolist()]
 
     @property
     def slots(self) -> Tensor:
@@ -359,12 +400,13 @@ class LeafPool:
         """
         first = self.file.count(layer)
         self.file.append(layer, slots)
-        for i, slot in enumerate(slots):
-            if not self._free:
-                break
-            place = self._free.pop()
-            self._memory[place] = slot
-            self._hold((layer, first + i), place)
+        self._know(first + len(slots))
+        kept = min(len(slots), len(self._free))
+        places = np.array([self._free.pop() for _ in range(kept)], np.int64)
+        leaves = np.arange(first, first + kept)
+        self._memory[places] = slots[:kept]
+        self._place(layer, leaves, places)
+        self._hold(layer, leaves, places)
 
     def close(self) -> None:
         """Give the file up, and end the threads."""
@@ -379,5 +421,5 @@ class LeafPool:
 
     def _finish(self) -> None:
         self._readers.shutdown(wait=True)
-        self._settle(set())  # the device still writes to memory that is about to go
+        self._settle()  # the device still writes to memory that is about to go
         self.file.close()

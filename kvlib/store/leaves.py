@@ -17,6 +17,7 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from kvlib.spec import KVSpec
 from kvlib.store import blockio
 from kvlib.store.leaf_io import Batch, Lanes
 
-__all__ = ["LEAF_TOKENS", "RUN_LEAVES", "LeafFile", "LeafShape", "Reading", "aligned"]
+__all__ = ["LEAF_TOKENS", "RUN_LEAVES", "Index", "LeafFile", "LeafShape", "Reading", "aligned"]
 
 LEAF_TOKENS = 16
 RUN_LEAVES = 64
@@ -154,6 +155,11 @@ class LeafFile:
         """Leaves of the first layer."""
         return self._counts[0]
 
+    @property
+    def num_layers(self) -> int:
+        """Layers."""
+        return len(self._counts)
+
     def count(self, layer: int) -> int:
         """Leaves of a layer."""
         return self._counts[layer]
@@ -236,14 +242,18 @@ class LeafFile:
         self.direct = False
 
     def begin(
-        self, layer: int, leaves: Sequence[int], memory: Bytes, places: Sequence[int]
+        self,
+        layer: int,
+        leaves: Sequence[int] | Index,
+        memory: Bytes,
+        places: Sequence[int] | Index,
     ) -> "Reading":
         """Begin to read leaves; those that lie one after another in one go.
 
         Args:
             layer: which.
             leaves: ascending.
-            memory: uint8 [slots, slot_bytes], page-aligned.
+            memory: uint8 [slots, slot_bytes], contiguous, page-aligned.
             places: slot of each leaf. Nothing else may use them before the reading is over.
         """
         return Reading(self, layer, leaves, memory, places)
@@ -252,9 +262,10 @@ class LeafFile:
         """Read leaves, checked; see `begin` and `Reading.finish`."""
         self.begin(layer, leaves, memory, places).finish()
 
-    def runs(self, layer: int, leaves: Sequence[int]) -> list[tuple[int, int]]:
+    def runs(self, layer: int, leaves: Sequence[int] | Index) -> list[tuple[int, int]]:
         """Leaves that lie one after another: (offset, how many) of each run."""
         size, starts = self._slot_bytes, self._runs[layer]
+        leaves = np.asarray(leaves).tolist()
         found: list[tuple[int, int]] = []
         begin, count, follows = 0, 0, -1
         for leaf in leaves:
@@ -289,9 +300,9 @@ class LeafFile:
         Raises:
             CorruptDataError: one is damaged.
         """
-        known = self._digests[layer]
+        known, digest = self._digests[layer], xxhash.xxh3_64_intdigest
         for leaf, view in zip(leaves, views, strict=True):
-            if xxhash.xxh3_64_intdigest(view) != known[leaf]:
+            if digest(view) != known[leaf]:
                 raise CorruptDataError(f"leaf {leaf} of layer {layer} is damaged")
 
     def close(self) -> None:
@@ -303,27 +314,36 @@ class LeafFile:
 
 
 class Reading:
-    """Leaves on their way into memory; see `LeafFile.begin`. For any thread."""
+    """Leaves on their way into memory; see `LeafFile.begin`. For any thread.
+
+    Attributes:
+        layer: which.
+        leaves: int64 [n], ascending.
+        places: int64 [n]: slot of each.
+        overlaps: whether it goes on by itself; else `finish` does all the work.
+    """
 
     def __init__(
         self,
         file: LeafFile,
         layer: int,
-        leaves: Sequence[int],
+        leaves: Sequence[int] | Index,
         memory: Bytes,
-        places: Sequence[int],
+        places: Sequence[int] | Index,
     ) -> None:
-        self._file, self._layer, self._leaves = file, layer, leaves
-        self._memory, self._places = memory, places
+        self.layer = layer
+        self.leaves, self.places = np.asarray(leaves, np.int64), np.asarray(places, np.int64)
+        self._file = file
+        self._size = memory.shape[1]
+        self._bytes = memory.reshape(-1).data
         self._runs = file.runs(layer, leaves)
-        size = memory.shape[1]
-        table = np.empty((len(places), 2), np.uint64)
-        table[:, 0] = memory.ctypes.data + size * np.asarray(places, np.int64)
-        table[:, 1] = size
+        table = np.empty((len(self.places), 2), np.uint64)
+        np.multiply(self.places, self._size, out=table[:, 0], casting="unsafe")
+        table[:, 0] += np.uint64(memory.ctypes.data)
+        table[:, 1] = self._size
         offsets, counts = [x[0] for x in self._runs], [x[1] for x in self._runs]
         self._batch = Batch(file.lanes, file.fd, offsets, counts, table)
         self.overlaps = not self._batch.over
-        """Whether it goes on by itself; else `finish` does all the work."""
         self._lock = threading.Lock()
         self._done = False
         self._failed: Exception | None = None
@@ -346,25 +366,31 @@ class Reading:
         """
         with self._lock:
             if not self._done:
-                self._batch.collect(wait=True)
                 try:
                     self._take()
                 except (StoreError, CorruptDataError) as exc:
                     self._failed = exc
+                self._batch.collect(wait=True)
                 self._done = True
         if self._failed is not None:
             raise self._failed
 
     def _take(self) -> None:
-        """Read what did not come, or only in part, and check all."""
-        views = [self._memory[place].data for place in self._places]
-        first = 0
-        for (offset, count), got in zip(self._runs, self._batch.got, strict=True):
-            done = max(got, 0)  # what failed is tried once more, and then says why
-            if done < count * self._memory.shape[1]:
-                self._file.fill(_rest(views[first : first + count], done), offset + done)
-            first += count
-        self._file.check(self._layer, self._leaves, views)
+        """Check runs as they come; read what did not come, or only in part."""
+        leaves, places = self.leaves.tolist(), self.places.tolist()
+        firsts = list(accumulate((count for _, count in self._runs), initial=0))
+        size = self._size
+        for runs in self._batch.arrivals():
+            some = [i for run in runs for i in range(firsts[run], firsts[run + 1])]
+            views = [self._bytes[places[i] * size : (places[i] + 1) * size] for i in some]
+            at = 0
+            for run in runs:
+                offset, count = self._runs[run]
+                done = max(self._batch.got[run], 0)  # what failed is tried again, and says why then
+                if done < count * size:
+                    self._file.fill(_rest(views[at : at + count], done), offset + done)
+                at += count
+            self._file.check(self.layer, [leaves[i] for i in some], views)
 
 
 def _rest(views: Sequence[memoryview], done: int) -> list[memoryview]:

@@ -230,6 +230,7 @@ def test_logits_and_scores_are_those_of_rebuilt_keys(trained):
     true = rebuilt(book, book.encode(keys[:, :250]))
     asked = queries[:, :3] * 0.1
     logits, scores = codes.logits(asked), codes.scores(asked)
+    assert torch.equal(logits, codes.logits(asked, compiled=False))
     for head in range(2):
         for row in range(3):
             q = asked[head, row].double().numpy()

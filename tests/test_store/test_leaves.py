@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvlib.errors import CapacityError, ConfigError, CorruptDataError, StoreError
-from kvlib.store import blockio, leaf_io
+from kvlib.store import blockio, leaf_io, leaf_pool
 from kvlib.store import leaves as leaf_files
 from kvlib.store.leaf_pool import LeafPool
 from kvlib.store.leaves import LEAF_TOKENS, RUN_LEAVES, LeafFile, LeafShape, aligned
@@ -250,6 +250,23 @@ def test_a_failing_disk_says_so(file, monkeypatch):
         LeafFile(SHAPE, 1, "/nowhere/at/all")
 
 
+def held(pool, layer):
+    """Leaves of a layer that memory holds, or that are on their way."""
+    return np.flatnonzero(pool._slot_of[layer] >= 0).tolist()
+
+
+def check(pool):
+    """Each slot is free or has one leaf, and the tables say the same of them."""
+    taken = np.flatnonzero(pool._layer_of >= 0)
+    assert sorted([*taken.tolist(), *pool._free]) == list(range(pool.num_slots))
+    assert pool._slot_of[pool._layer_of[taken], pool._leaf_of[taken]].tolist() == taken.tolist()
+    assert (pool._slot_of >= 0).sum() == len(taken)
+    coming = [slot for reading in pool._coming for slot in reading.places.tolist()]
+    ranked = np.flatnonzero(pool._rank < leaf_pool._NEVER)
+    assert sorted([*coming, *ranked.tolist()]) == taken.tolist()
+    assert len(set(pool._rank[ranked].tolist())) == len(ranked)
+
+
 def bytes_of(pool, layer, leaves):
     return [pool.slots[slot].numpy().tobytes() for slot in pool.get(layer, leaves).tolist()]
 
@@ -271,8 +288,7 @@ def test_the_pool_gives_what_the_file_has(file, num_slots):
             pool.prefetch(layer, leaves)
         else:
             assert bytes_of(pool, layer, leaves) == [expected[layer, i] for i in leaves]
-        held = list(pool._held.values()) + [slot for slot, _ in pool._coming.values()]
-        assert sorted(held + pool._free) == list(range(num_slots))
+        check(pool)
     stats = pool.stats()
     assert stats.fetched * SHAPE.slot_bytes == stats.fetched_bytes
     assert stats.hits + stats.ahead > 0
@@ -290,10 +306,10 @@ def test_those_used_longest_ago_make_room(file):
     pool.get(0, [0, 3])
     assert pool.stats().fetched == before == 0
     pool.get(0, [5, 6])
-    assert sorted(leaf for _, leaf in pool._held) == [0, 3, 5, 6]
+    assert held(pool, 0) == [0, 3, 5, 6]
     pool.pin(0, [0])
     pool.get(0, [1, 2, 7])
-    assert sorted(leaf for _, leaf in pool._held) == [0, 1, 2, 7]
+    assert held(pool, 0) == [0, 1, 2, 7]
     assert pool.stats().evicted == 5
     pool.close()
 
@@ -307,7 +323,7 @@ def test_damage_in_a_prefetch_comes_with_the_get(file):
     with pytest.raises(CorruptDataError):
         pool.get(0, [6])
     pool.ask(0, [6])
-    while not all(reading.arrived() for _, reading in pool._coming.values()):
+    while not all(reading.arrived() for reading in pool._coming):
         pass
     pool.prefetch(0, [7])
     with pytest.raises(CorruptDataError):
@@ -366,8 +382,7 @@ def test_slots_come_and_go(steps):
                 assert got == sorted(slots[i].tobytes() for i in leaves)
             else:
                 assert bytes_of(pool, 0, leaves) == [slots[i].tobytes() for i in leaves]
-        held = [*pool._held.values(), *(slot for slot, _ in pool._coming.values()), *pool._free]
-        assert sorted(held) == list(range(pool.num_slots))
+        check(pool)
     pool.close()
 
 
@@ -391,7 +406,7 @@ def test_pinned_leaves_give_way_too(file):
     pool.pin(0, range(4))
     pool.retire(6)
     assert (pool.num_slots, pool.nbytes) == (2, 2 * SHAPE.slot_bytes)
-    assert len(pool._pinned) == 1
+    assert len(pool._pins) == pool._pinned.sum() == 1
     assert bytes_of(pool, 0, [4]) == [slots[4].tobytes()]
     pool.close()
 
@@ -408,7 +423,42 @@ def test_prefetches_that_failed_trouble_only_those_who_ask(file):
         assert len(bytes_of(pool, 2, range(8))) == 8
     with pytest.raises(CorruptDataError):
         pool.get(1, [9])
-    assert sorted([*pool._held.values(), *pool._free]) == list(range(8))
+    check(pool)
+    pool.close()
+
+
+def test_prefetches_that_took_all_room_make_way(file):
+    """Also where a leaf that is asked for came with others that are not."""
+    pool = LeafPool(file, 4)
+    slots, _, _ = make(SHAPE, 12)
+    pool.add(0, slots)
+    pool.prefetch(0, [4, 5, 6, 7])
+    check(pool)
+    assert bytes_of(pool, 0, [7, 8, 9, 10]) == [slots[i].tobytes() for i in (7, 8, 9, 10)]
+    check(pool)
+    assert pool.stats().fetched == 7
+    pool.close()
+
+
+def test_what_makes_room_first(file):
+    """Stale leaves in the order of their turning stale, then the last ones of the last layer."""
+    pool = LeafPool(file, 6)
+    for layer in range(2):
+        slots, _, _ = make(SHAPE, 12, layer)
+        pool.add(layer, slots)
+    pool.get(0, [0, 1, 2])
+    pool.get(1, [3, 4, 5])
+    pool.get(0, [2, 7])  # nothing is stale yet; 0 and 1 are from now on
+    assert (held(pool, 0), held(pool, 1)) == ([0, 1, 2, 7], [3, 4])
+    pool.get(1, [3, 4, 6])
+    assert (held(pool, 0), held(pool, 1)) == ([1, 2, 7], [3, 4, 6])
+    pool.get(1, [3, 4, 5, 6])
+    assert (held(pool, 0), held(pool, 1)) == ([2, 7], [3, 4, 5, 6])
+    pool.prefetch(0, [8])  # what was asked for last stays
+    assert (held(pool, 0), held(pool, 1)) == ([2, 8], [3, 4, 5, 6])
+    pool.get(0, [2, 8])
+    pool.prefetch(0, [9])
+    assert (held(pool, 0), held(pool, 1)) == ([2, 8, 9], [3, 4, 5])
     pool.close()
 
 

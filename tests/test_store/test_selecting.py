@@ -99,7 +99,7 @@ def test_contract(method, tokens):
     if method in BUDGETED:
         unit = selection.selector.leaf
         assert leaves.shape[1] * 16 <= max(math.ceil(0.1 * tokens), unit)
-        assert selection.nbytes > 0
+        assert selection.nbytes == sum(layer.nbytes for layer in selection._layers) > 0
     else:
         assert leaves.tolist() == [list(range(-(-tokens // 16)))]
 

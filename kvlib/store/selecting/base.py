@@ -18,6 +18,7 @@ heads) or others for each (`heads=each`: better chosen, but leaves of one head m
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -194,6 +195,12 @@ class Selector(ABC):
         return torch.arange(-(-num_tokens // LEAF_TOKENS))[None]
 
 
+@lru_cache(typed=True)  # 1 is a token, 1.0 is everything
+def _budget_tokens(budget: float | int, num_tokens: int) -> int:
+    """`round_budget`, which is exact and slow, once for all layers of a step."""
+    return round_budget(budget, num_tokens)
+
+
 @dataclass(frozen=True, slots=True)
 class BudgetedSelector(Selector):
     """A method that reads a part.
@@ -229,7 +236,7 @@ class BudgetedSelector(Selector):
 
     def num_units(self, num_tokens: int) -> int:
         """Units of `leaf` tokens that a layer reads for a KV head in one step."""
-        tokens = round_budget(self.budget, num_tokens)
+        tokens = _budget_tokens(self.budget, num_tokens)
         units = -(-num_tokens // self.leaf)
         return units if tokens >= num_tokens else max(1, tokens // self.leaf)
 

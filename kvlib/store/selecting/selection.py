@@ -20,6 +20,7 @@ class Selection:
     def __init__(self, selector: Selector, shape: HeadShape, num_layers: int) -> None:
         self.selector = selector
         self._layers = selector.open_layers(shape, num_layers)
+        self._weights = [layer.nbytes for layer in self._layers]
 
     @property
     def num_tokens(self) -> int:
@@ -29,11 +30,12 @@ class Selection:
     @property
     def nbytes(self) -> int:
         """Bytes held by all layers."""
-        return sum(layer.nbytes for layer in self._layers)
+        return sum(self._weights)
 
     def append(self, layer: int, keys: Tensor, queries: Tensor | None = None) -> None:
         """See `LayerSelector.append`."""
         self._layers[layer].append(keys, queries)
+        self._weights[layer] = self._layers[layer].nbytes
 
     def take(self, layer: int, first: int, stop: int) -> Tensor:
         """See `LayerSelector.take`."""
@@ -41,7 +43,9 @@ class Selection:
 
     def extend(self, layer: int, rows: Tensor) -> int:
         """See `LayerSelector.extend`."""
-        return self._layers[layer].extend(rows)
+        tokens = self._layers[layer].extend(rows)
+        self._weights[layer] = self._layers[layer].nbytes
+        return tokens
 
     def select(self, layer: int, query: Tensor) -> Tensor:
         """Leaves that a step reads in a layer.
