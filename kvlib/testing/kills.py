@@ -164,12 +164,16 @@ def kill_trials(folder: Path, trials: int, *, seed: int = 0) -> KillReport:
     reader, writer = os.pipe()
     try:
         for trial in range(trials):
+            count = choose.choice((1, 1, 2, 3))
+            num_doomed = count if choose.random() < 0.7 else 1
             stop = time.monotonic() + 0.06
-            pids = [
-                _fork(partial(_work, folder, records, 10 * trial + i, stop))
-                for i in range(choose.choice((1, 1, 2, 3)))
-            ]
-            doomed = set(pids if choose.random() < 0.7 else pids[:1])
+            pids = []
+            for i in range(
+                count
+            ):  # who is to be killed does not end before, however slow forks are
+                until = stop + _PATIENCE_S if i < num_doomed else stop
+                pids.append(_fork(partial(_work, folder, records, 10 * trial + i, until)))
+            doomed = set(pids[:num_doomed])
             time.sleep(choose.uniform(0.001, 0.045))
             for pid in pids:
                 if pid in doomed:

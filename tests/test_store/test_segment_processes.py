@@ -38,7 +38,7 @@ def test_killed_users_leave_a_whole_store(tmp_path):
     LOG.info("%s", report)
     assert report.failures == []
     assert report.trials == TRIALS
-    assert report.killed > TRIALS // 2
+    assert report.killed >= TRIALS
     assert report.survivors > 0
     assert report.damaged > 0
     assert report.records > TRIALS // 2  # 299 of 300 were seen on a busy disk
