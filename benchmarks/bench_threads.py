@@ -7,6 +7,7 @@ the ratios is what the lock costs.
 """
 
 import multiprocessing
+import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -99,7 +100,7 @@ def main() -> None:
             for key, found in counts.items()
         }
         middle = {key: found[len(found) // 2] for key, found in rates.items()}
-        name = method.split(",profile")[0]
+        name = re.sub(r"[:,]profile=[^,]*", "", method)  # no path of this machine
         result[name] = {
             "mb_per_second": rates,
             "threads": middle["2 threads"] / middle["1 threads"] / 2,

@@ -20,9 +20,9 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from kvlib.codecs.rans_numba import _compiled, _input, _output
-from kvlib.codecs.rans_vector import SUPPORTED, WIDTH
+from kvlib.codecs.rans_vector import WIDTH
 
-__all__ = ["COLUMNS", "SUPPORTED", "multiply", "panels"]
+__all__ = ["COLUMNS", "multiply", "panels"]
 
 Float = NDArray[np.float32]
 
