@@ -2,9 +2,8 @@
 """The segment tier: records in preallocated files, at the speed of the device.
 
 A record is one header page that says all there is to know of it, and the container behind it, in
-up to four runs of granules of large files that are never deleted. An LMDB environment says where
-each record lies and what is free; it is a cache of the header pages and can be made anew from them
-(docs/formats/segments.md).
+up to four runs of granules of large files. An LMDB environment says where each record lies and what
+is free; a cache of the header pages, made anew from them if need be (docs/formats/segments.md).
 
 **Wrong bytes are never served.** A read checks the header page (key, generation, size) and, unless
 told otherwise, every checksum of the container; and after the last byte came, that the index still
@@ -417,6 +416,7 @@ class SegmentStore:
         """See `Tier.trim`."""
         with self._use():
             try:
+                self._commit.flush()  # what is not published yet counts, and cannot be dropped
                 return self._room.trim(max(most_bytes, 0) // self._granule, tenant)
             except IndexFaultError:
                 self._count(errors=1)
